@@ -41,7 +41,7 @@ N_BLOCKS, N_PADS = 3, 2
 BLOCK = 0.02                           # m, half the edge of a block
 PAD_RADIUS = 0.045                     # m
 AREA = np.array([[0.36, -0.21], [0.64, 0.21]])                 # m, where blocks and pads are put (x, y)
-WORKSPACE = np.array([[0.28, -0.32, 0.012], [0.72, 0.32, 0.35]])  # m, where the hand may be commanded
+WORKSPACE = np.array([[0.28, -0.32, 0.004], [0.72, 0.32, 0.35]])  # m, where the hand may be commanded
 HOME = np.array([0, -0.2, 0, -2.2, 0, 2.0, 0.785])             # rad, start of the IK and its null-space pull
 LEASH = 0.04                           # m, how far the commanded hand may run ahead of the real one
 GRIPPER_OPEN = 0.035                   # m, travel of each finger
@@ -344,7 +344,7 @@ class Env:
             mujoco.mj_step(self.model, self.data, SUBSTEPS // len(RAMP))
         self.steps += 1
         self._refresh()
-        self.done_steps = self.done_steps + 1 if self._placed() else 0
+        self.done_steps = self.done_steps + 1 if self.placed(self.block, self.pad) else 0
         info = self._info()
         return self.observe(), self._reward(info["success"]), info["success"], self.steps >= MAX_STEPS, info
 
@@ -388,11 +388,11 @@ class Env:
         if self.touched is None and (touching[0] | touching[1]):
             self.touched = self.block_colors[min(both or touching[0] | touching[1])]
 
-    def _placed(self):
+    def placed(self, block, pad):
         """Strict success, this instant: the block rests near the pad's centre, released, with the hand withdrawn."""
-        b, v = self.block_pos[self.block], self.block_vadr[self.block]
-        return bool(np.hypot(*(b - self.pad_pos[self.pad])[:2]) < SUCCESS_RADIUS and abs(b[2] - BLOCK) < 0.005
-                    and np.abs(self.data.qvel[v:v + 3]).max() < 0.02 and self.held != self.block
+        b, v = self.block_pos[block], self.block_vadr[block]
+        return bool(np.hypot(*(b - self.pad_pos[pad])[:2]) < SUCCESS_RADIUS and abs(b[2] - BLOCK) < 0.005
+                    and np.abs(self.data.qvel[v:v + 3]).max() < 0.02 and self.held != block
                     and self.opening > 0.055 and self.ee_pos[2] > b[2] + 0.06)
 
     def _reward(self, success):

@@ -14,6 +14,7 @@ import dataclasses
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -164,7 +165,9 @@ class Policy(nn.Module):
 
     def save(self, path, **extra):
         """Writes config, weights and `extra` (plain values) to one file that load() opens."""
-        torch.save(dict(config=dataclasses.asdict(self.config), weights=self.state_dict(), **extra), path)
+        part = Path(path).with_name(Path(path).name + ".part")
+        torch.save(dict(config=dataclasses.asdict(self.config), weights=self.state_dict(), **extra), part)
+        part.replace(path)                                     # never half a checkpoint
 
     @staticmethod
     def load(path, device="cpu"):
@@ -191,6 +194,7 @@ class VLA(Policy):
         self.register_buffer("image_std", torch.full((len(config.cameras), 1, 1, 3), 64.0))
         self.register_buffer("goal_mean", torch.zeros(6))
         self.register_buffer("goal_std", torch.ones(6))
+        self.sides = [side // 2 if camera in config.coarse else side for camera in config.cameras]   # tokens across
         self.register_buffer("grid", sincos_2d(side, C), persistent=False)
         self.register_buffer("coarse_grid", sincos_2d(side // 2, C), persistent=False)
         # 4x4 patches, then an overlapping convolution to one token per 8x8 (early convolutions: arXiv:2106.14881)

@@ -1,12 +1,15 @@
-"""Trains the policy on demonstrations and says how well it does on unseen scenes.
+"""Trains a policy on the demonstrations and says how well it does on scenes it has never seen.
 
-    python train.py --steps 2000                       # data if missing, training, closed-loop score
-    python train.py --model bc --state full            # the behaviour-cloning baseline
+    python train.py --steps 2000                       # demonstrations if missing, training, closed-loop score
+    python train.py --model bc --out_dir out_bc        # the behaviour-cloning baseline, from the full state
+    python train.py --bench                            # samples/s beside a plain nn.TransformerEncoder build
+
+Leaves ckpt.pt, log.jsonl and curve.png in --out_dir. Ctrl-C saves; --resume carries on.
 """
 import argparse
+import dataclasses
 import json
-import math
-import os
+import pickle
 import subprocess
 import sys
 import time
@@ -25,97 +28,133 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 add = parser.add_argument
 add("--steps", type=int, default=2000, help="optimiser steps (default 2000)")
 add("--batch_size", type=int, default=64, help="frames per step (default 64)")
-add("--relabel", type=int, default=64, help="of them also shown with another sentence (default 64)")
-add("--lr", type=float, default=0.02, help="Muon's learning rate (default 0.02)")
-add("--adam_lr", type=float, default=2e-3, help="AdamW's learning rate")
-add("--ground", type=float, default=0.1)
-add("--goal", type=float, default=0.5)
-add("--other", type=float, default=1.0)
-add("--seed", type=int, default=0)
-add("--data", type=Path, default=Path("data/demos.h5"))
-add("--out_dir", type=Path, default=Path("out"))
-add("--log_interval", type=int, default=50)
-add("--model", default="vla")
-add("--state", default=None)
-add("--text", default="word")
-add("--execute", type=int, default=4)
-add("--coarse", default="wrist")
-add("--max_episodes", type=int, default=10**9)
+add("--relabel", type=int, default=64, help="how many of them are also shown with another sentence that is valid in "
+    "the scene, and what the expert would do then (default 64)")
+add("--lr", type=float, default=0.02, help="Muon's learning rate, for the transformers' matrices (default 0.02)")
+add("--adam_lr", type=float, default=2e-3, help="AdamW's, for everything else (default 0.002)")
+add("--optimizer", default="muon", choices=("muon", "adamw"), help="adamw: AdamW for everything (default muon)")
+add("--ground", type=float, default=0.1, help="weight of the attention supervision (default 0.1)")
+add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
+add("--model", default="vla", choices=("vla", "bc"), help="vla, or bc: an MLP on the state alone (default vla)")
+add("--state", default=None, choices=tuple(STATES), help="proprio: 14 numbers the robot feels; full: 20, with the "
+    "answer (default proprio; bc: full)")
+add("--text", default="word", choices=("word", "char"), help="tokens of the sentence (default word)")
+add("--execute", type=int, default=4, help="actions carried out of each chunk of 8 (default 4); bc: 1")
+add("--data", type=Path, default=Path("data/demos.h5"), help="demonstrations (default data/demos.h5; made if missing)")
+add("--episodes", type=int, default=3000, help="how many to make if missing (default 3000)")
+add("--out_dir", type=Path, default=Path("out"), help="where results go (default out)")
+add("--resume", action="store_true", help="carry on from what is in --out_dir")
+add("--overwrite", action="store_true", help="replace what is in --out_dir")
+add("--seed", type=int, default=0, help="of weights and batches (default 0)")
+add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto: cuda, else mps, else cpu")
+add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the matrix products (default auto: "
+    "bfloat16 where the processor has units for it)")
+add("--compile", action="store_true", help="torch.compile the model (pays on a GPU; on 2 CPU cores it did not)")
+add("--eval_interval", type=int, default=500, help="steps between checkpoints (default 500); 0: only one at the end, "
+    "and no closed-loop evaluation")
+add("--eval_episodes", type=int, default=200, help="episodes of the closed-loop evaluation (default 200)")
+add("--log_interval", type=int, default=100, help="steps between lines of the log (default 100)")
+add("--bench", action="store_true", help="only time training steps against the plain build, on made-up data")
 args = parser.parse_args()
-torch.manual_seed(args.seed)
+
+
+def fail(message):
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+for flag in ("steps", "batch_size", "execute", "episodes", "eval_episodes", "log_interval", "lr", "adam_lr"):
+    if getattr(args, flag) <= 0:
+        fail(f"--{flag} must be more than 0, not {getattr(args, flag)}")
+for flag in ("relabel", "ground", "goal", "seed", "eval_interval"):
+    if getattr(args, flag) < 0:
+        fail(f"--{flag} must not be negative, got {getattr(args, flag)}")
+if args.relabel > args.batch_size:
+    fail(f"--relabel {args.relabel} is more than --batch_size {args.batch_size}")
+state_kind = args.state or ("full" if args.model == "bc" else "proprio")
+device = args.device
+if device == "auto":
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+dtype = args.dtype
+if dtype == "auto":
+    matrix_units = device == "cuda" or device == "cpu" and torch.cpu._is_amx_tile_supported()
+    dtype = "bfloat16" if matrix_units else "float32"
+autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+ckpt_path, resume_path, log_path = (args.out_dir / n for n in ("ckpt.pt", "resume.pt", "log.jsonl"))
+
 
 # ----------------------------------------------------------------------------- data
-start = time.time()
-state_kind = args.state or ("full" if args.model == "bc" else "proprio")
-with h5py.File(args.data) as file:
-    total = min(int(file.attrs["total"]), args.max_episodes)
-    valid_names = {n.decode() for n in file["mask/valid"][:]}
-    cameras = tuple(json.loads(file.attrs["env_args"])["env_kwargs"]["cameras"])
-    lengths = [int(file[f"episode_{i}"].attrs["num_samples"]) for i in range(total)]
-    T = sum(lengths)
-    images = np.empty((T, len(cameras), 64, 64, 3), np.uint8)
-    parts, sentences, keys, own, other_key = [], {}, {}, np.empty((T, 2), np.int64), None
-    at = 0
-    fields = {}
-    episode_end, is_valid = np.empty(T, np.int64), np.zeros(T, bool)
-    sentence_of, key_of, other_of = np.empty(T, np.int64), np.empty(T, np.int64), np.empty(T, np.int64)
-    pool = {}
-    for i in range(total):
-        e = file[f"episode_{i}"]
-        n = lengths[i]
-        for v, c in enumerate(cameras):
-            images[at:at + n, v] = e[f"observations/{c}_image"][:]
-        row = dict(state=np.concatenate([e[f"observations/{k}"][:] for k in STATES[state_kind]], 1),
-                   actions=e["actions"][:], goal=np.concatenate([e["observations/object_pos"][:], e["observations/target_pos"][:]], 1),
-                   objects=e["grounding/objects_pos"][:], other=e["grounding/other"][:], other_action=e["grounding/other_action"][:],
-                   uv=np.stack([e[f"grounding/{c}_uv"][:] for c in cameras], 1))
-        row["pair"] = np.tile([e.attrs["block"], e.attrs["pad"]], (n, 1))
-        for k, v in row.items():
-            fields.setdefault(k, []).append(v)
-        episode_end[at:at + n] = at + n
-        is_valid[at:at + n] = f"demo_{i}" in valid_names
-        text = e.attrs["instruction"]
-        sid = sentences.setdefault(text, len(sentences))
-        sentence_of[at:at + n] = sid
-        bc, pc = e.attrs["block_colors"].split(","), e.attrs["pad_colors"].split(",")
-        key = (e.attrs["task"], bc[e.attrs["block"]], pc[e.attrs["pad"]])
-        pool.setdefault(key, []).append(sid)
-        o = row["other"]
-        task = e.attrs["task"]
-        m = np.array([[keys.setdefault((task, x, y), len(keys)) for y in pc] for x in bc])
-        other_of[at:at + n] = m[o[:, 0], o[:, 1]]
-        key_of[at:at + n] = keys.setdefault(key, len(keys))
-        at += n
-fields = {k: torch.from_numpy(np.concatenate(v)) for k, v in fields.items()}
-images = torch.from_numpy(images)
-pool = [torch.tensor(sorted(set(pool[k]))) for k in keys]
-n_blocks = fields["objects"].shape[1] - 2
-train_ix, valid_ix = np.flatnonzero(~is_valid), np.flatnonzero(is_valid)
-print(f"{total} episodes, {T} frames, {len(valid_ix)} for validation; {len(sentences)} sentences; loaded in {time.time() - start:.0f} s")
-
-words = tuple(sorted({w for s in sentences for w in split(s)}))
-config = Config(model=args.model, cameras=cameras if args.model == "vla" else (), state=state_kind, text=args.text, words=words,
-                max_text=16 if args.text == "word" else 96, execute=args.execute, coarse=tuple(args.coarse.split(",")))
-if args.model == "bc":
-    config.chunk = config.execute = 1
-model = (VLA if args.model == "vla" else BC)(config)
-with torch.no_grad():
-    s = fields["state"][train_ix]
-    model.state_mean.copy_(s.mean(0)); model.state_std.copy_(s.std(0) + 1e-3)
-    if args.model == "vla":
-        some = images[train_ix[::97]].float()
-        model.image_mean.copy_(some.mean((0, 2, 3))[:, None, None]); model.image_std.copy_(some.std((0, 2, 3))[:, None, None])
-        g = fields["goal"][train_ix]
-        model.goal_mean.copy_(g.mean(0)); model.goal_std.copy_(g.std(0) + 1e-3)
-        table = torch.stack([tokenize(s, config) for s in sentences])
-K = config.chunk
-steps_ahead = torch.arange(K)
-side = config.image_size // config.patch
+def load(path, state_keys):
+    """The whole file in memory. Returns cameras, tensors by name with one row per frame, and the sentences of each
+    (task, block colour, pad colour) in a list; `key` and `other_key` of a frame are indices into that list."""
+    rows, at, keys = {}, 0, {}
+    with h5py.File(path) as file:
+        cameras = tuple(json.loads(file.attrs["env_args"])["env_kwargs"]["cameras"])
+        valid = {name.decode() for name in file["mask/valid"][:]}
+        groups = [file[f"episode_{i}"] for i in range(file.attrs["total"])]
+        length = [int(g.attrs["num_samples"]) for g in groups]
+        images = np.empty((sum(length), len(cameras), 64, 64, 3), np.uint8)
+        for i, (group, n) in enumerate(zip(tqdm(groups, "loading", disable=not sys.stderr.isatty()), length)):
+            a = dict(group.attrs)
+            observed, labels = group["observations"], group["grounding"]
+            for v, camera in enumerate(cameras):
+                images[at:at + n, v] = observed[f"{camera}_image"][:]
+            blocks, pads = a["block_colors"].split(","), a["pad_colors"].split(",")
+            index = np.array([[keys.setdefault((a["task"], b, p), (len(keys), set()))[0] for p in pads] for b in blocks])
+            keys[a["task"], blocks[a["block"]], pads[a["pad"]]][1].add(a["instruction"])
+            pair, other = np.tile([a["block"], a["pad"]], (n, 1)), labels["other"][:].astype(np.int64)
+            at += n
+            for name, value in dict(
+                    state=np.concatenate([observed[k][:] for k in state_keys], 1), action=group["actions"][:],
+                    other_action=labels["other_action"][:], objects=labels["objects_pos"][:],
+                    uv=np.stack([labels[f"{c}_uv"][:] for c in cameras], 1), pair=pair, other=other,
+                    key=index[pair[:, 0], pair[:, 1]], other_key=index[other[:, 0], other[:, 1]],
+                    end=np.full(n, at), valid=np.full(n, f"demo_{i}" in valid)).items():
+                rows.setdefault(name, []).append(value)
+    data = {name: torch.from_numpy(np.concatenate(values)) for name, values in rows.items()}
+    return cameras, data | dict(images=torch.from_numpy(images)), [sorted(s) for _, s in keys.values()]
 
 
+def losses(frames, relabel, rng):
+    """Loss terms on `frames` (B,) int64, of which the first `relabel` are also shown with another sentence."""
+    ahead = frames[:, None] + torch.arange(config.chunk)
+    inside = (ahead < data["end"][frames, None]).float().to(device)        # nothing is asked beyond the episode's end
+    wanted = data["action"][ahead.clamp_max(len(data["action"]) - 1)].to(device)
+    state = data["state"][frames].to(device)
+    if config.model == "bc":
+        return dict(action=((net(state) - wanted).abs().mean(-1) * inside).sum() / inside.sum())
+    # each batch words every request in one way, so that few sentences have to be encoded
+    text = torch.stack([tokens[k][rng.integers(len(tokens[k]))] for k in range(len(tokens))]).to(device)
+    twice = torch.cat([frames, frames[:relabel]])
+    sentence = torch.cat([data["key"][frames], data["other_key"][frames[:relabel]]]).to(device)
+    frame = torch.cat([torch.arange(len(frames)), torch.arange(relabel)]).to(device)
+    with autocast:
+        actions, goal, attention = net(data["images"][frames].to(device), state, text, frame, sentence)
+    actions, goal, attention = actions.float(), goal.float(), attention.float()
+    error = ((actions[:len(frames)] - wanted).abs().mean(-1) * inside).sum() / inside.sum()
+    if relabel:                                                # only the first action of these is known
+        error = error + (actions[len(frames):, 0] - data["other_action"][frames[:relabel]].to(device)).abs().mean()
+    pair = torch.cat([data["pair"][frames], data["other"][frames[:relabel]]]) + torch.tensor([0, n_blocks])
+    rows = torch.arange(len(twice))[:, None]
+    position = data["objects"][twice][rows, pair].flatten(1).to(device)    # (R, 6) m, of the block and the pad
+    goal_error = F.smooth_l1_loss(goal, (position - model.goal_mean) / model.goal_std, beta=0.1)
+    # attention heads 0 and 1 of the last layer are to look at the patches that hold the block and the pad
+    uv, first, looks, seen_in = data["uv"][twice], 0, 0, 0
+    for view, side in enumerate(model.sides):
+        spot = uv[:, view][rows, pair]                         # (R, 2, 2): x, y of block and pad, -1 where not visible
+        cell = (spot * side).long().clamp(0, side - 1)
+        patch = (first + cell[..., 1] * side + cell[..., 0]).to(device)
+        seen = (spot[..., 0] >= 0).float().to(device)
+        looks = looks + attention[:, :len(GROUNDED)].gather(2, patch[..., None])[..., 0] * seen
+        seen_in = seen_in + seen
+        first += side * side
+    return dict(action=error, goal=goal_error, ground=-(looks / seen_in.clamp_min(1)).mean())
+
+
+# ----------------------------------------------------------------------------- optimiser
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz (Keller Jordan, github.com/KellerJordan/Muon), in fp32 and with all
-    matrices of a shape in one batch: torch.optim.Muon works in bf16, which takes 1.2 s a step on a CPU without it."""
+    """Momentum, orthogonalised by Newton-Schulz iteration (Keller Jordan, github.com/KellerJordan/Muon), in fp32 and
+    all matrices of a shape in one batch: torch.optim.Muon computes in bf16, 1.2 s a step on a CPU without bf16."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -123,108 +162,240 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for params in shapes.values():
+            for shape in {p.shape for p in group["params"]}:
+                params = [p for p in group["params"] if p.shape == shape]
                 g = torch.stack([p.grad for p in params])
                 buffer = self.state[params[0]].setdefault("momentum", torch.zeros_like(g))
                 buffer.lerp_(g, 1 - group["momentum"])
-                g = g.lerp(buffer, group["momentum"])
-                tall = g.shape[1] > g.shape[2]
-                x = g.transpose(1, 2) if tall else g
+                g = g.lerp(buffer, group["momentum"])          # Nesterov
+                x = g.mT if shape[0] > shape[1] else g
                 x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
                 for _ in range(5):
-                    gram = x @ x.transpose(1, 2)
+                    gram = x @ x.mT
                     x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-                x = x.transpose(1, 2) if tall else x
-                scale = group["lr"] * max(1, g.shape[1] / g.shape[2]) ** 0.5
+                x = x.mT if shape[0] > shape[1] else x
                 for p, update in zip(params, x):
-                    p.add_(update, alpha=-scale)
+                    p.add_(update, alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
 
 
-matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.split(".")[0] in ("vision", "text", "fusion") and n.split(".")[-2] in ("q", "kv", "out", "up", "down")]
-ids = {id(p) for p in matrices}
-rest = [p for p in model.parameters() if id(p) not in ids]
-optimizers = [torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.01)]
-if matrices:
-    optimizers.append(Muon(matrices, lr=args.lr))
-base_lr = [g["lr"] for o in optimizers for g in o.param_groups]
+def make_optimizers(model):
+    inner = ("q", "kv", "out", "up", "down")                   # the transformers' matrices
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.split(".")[-2] in inner]
+    if args.optimizer == "adamw":
+        matrices = []
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    adamw = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.01)
+    return [adamw, Muon(matrices, args.lr)] if matrices else [adamw]
 
 
-def losses(ix, relabel, rng):
-    """Loss terms on frames `ix`, of which the first `relabel` are also shown with another sentence."""
-    ix = torch.from_numpy(ix)
-    ahead = ix[:, None] + steps_ahead
-    there = (ahead < torch.from_numpy(episode_end)[ix, None]).float()      # nothing is asked beyond the episode's end
-    wanted = fields["actions"][ahead.clamp_max(T - 1)]
-    state = fields["state"][ix]
-    if args.model == "bc":
-        return dict(action=((model(state) - wanted).abs().mean(-1) * there).sum() / there.sum())
-    r = ix[:relabel]
-    sentence = torch.from_numpy(np.concatenate([sentence_of[ix], [pool[k][rng.integers(len(pool[k]))] for k in other_of[r]]]).astype(np.int64))
-    used, sentence = sentence.unique(return_inverse=True)
-    frame = torch.cat([torch.arange(len(ix)), torch.arange(len(r))])
-    actions, goal, attention = model(images[ix], state, table[used], frame, sentence)
-    both = torch.cat([ix, r])
-    pair = torch.cat([fields["pair"][ix], fields["other"][r].long()])
-    slots = pair + torch.tensor([0, n_blocks])                              # index among blocks + pads
-    rows = torch.arange(len(both))[:, None]
-    position = fields["objects"][both][rows, slots].flatten(1)
-    goal_loss = F.smooth_l1_loss(goal, (position - model.goal_mean) / model.goal_std, beta=0.1)
-    uv = fields["uv"][both]                                                 # rows, V, objects, 2
-    ground, first, count = 0, 0, 0
-    hits = []
-    for v, camera in enumerate(cameras):
-        s = side // 2 if camera in config.coarse else side
-        spot = uv[:, v][rows, slots]                                        # rows, 2 (block, pad), 2
-        cell = (spot * s).long().clamp(0, s - 1)
-        target = first + cell[..., 1] * s + cell[..., 0]
-        seen = (spot[..., 0] >= 0).float()
-        logp = attention[:, :2].gather(2, target[..., None])[..., 0]        # heads 0 and 1: block and pad
-        ground = ground - logp * seen
-        count = count + seen
-        hits.append(((attention[:, :2, first:first + s * s].argmax(-1) + first == target).float() * seen).sum(0) / seen.sum(0))
-        first += s * s
-    ground = (ground / count.clamp_min(1)).mean()
-    L = len(ix)
-    action = ((actions[:L] - wanted).abs().mean(-1) * there).sum() / there.sum()
-    out = dict(action=action, goal=goal_loss, ground=ground)
-    if relabel:
-        out["other"] = (actions[L:, 0] - fields["other_action"][r]).abs().mean()
-    out["hits"] = torch.stack(hits)
-    out["goal_cm"] = ((goal * model.goal_std + model.goal_mean - position).unflatten(1, (2, 3))[..., :2].norm(dim=-1).mean(0) * 100).detach()
-    return out
+def rate(step):
+    """Learning rate as a share of its peak: 50 steps up, 40% of the way flat, then down to zero in a line."""
+    return min((step + 1) / 50, 1.0, (args.steps - step) / (0.6 * args.steps))
 
 
-weights = dict(action=1.0, goal=args.goal, ground=args.ground, other=args.other)
-args.out_dir.mkdir(parents=True, exist_ok=True)
-log = open(args.out_dir / "log.jsonl", "w")
-t0 = time.time()
-valid_pick = np.random.default_rng(0).choice(valid_ix, min(512, len(valid_ix)), replace=False)
-for step in range(args.steps + 1):
-    if step % args.log_interval == 0 or step == args.steps:
-        model.eval()
-        with torch.no_grad():
-            v = losses(valid_pick, len(valid_pick) // 2, np.random.default_rng(0))
-        model.train()
-        ms = (time.time() - t0) / max(step, 1) * 1e3
-        print(f"step {step} train {' '.join(f'{k} {x.item():.4f}' for k, x in out.items() if x.ndim == 0) if step else ''} | valid "
-              f"{' '.join(f'{k} {x.item():.4f}' for k, x in v.items() if x.ndim == 0)} hits {v['hits'].mul(100).round().tolist() if 'hits' in v else ''} cm {v['goal_cm'].tolist() if 'goal_cm' in v else ''} {ms:.0f} ms/step", flush=True)
-    if step == args.steps:
-        break
+def train_step(step):
+    """One optimiser step; the batch is a pure function of (seed, step)."""
     rng = np.random.default_rng([args.seed, step])
-    out = losses(rng.choice(train_ix, args.batch_size), args.relabel, rng)
-    loss = sum(weights[k] * out[k] for k in weights if k in out)
-    warm = min(1, (step + 1) / 50)
-    decay = min(1, (args.steps - step) / (0.6 * args.steps))
-    for o in optimizers:
-        for g in o.param_groups:
-            g.setdefault("base", g["lr"])
-            g["lr"] = g["base"] * warm * decay
-    for o in optimizers:
-        o.zero_grad()
+    out = losses(torch.from_numpy(rng.choice(train_frames, args.batch_size)), args.relabel, rng)
+    loss = sum(weights[name] * value for name, value in out.items())
     loss.backward()
-    for o in optimizers:
-        o.step()
-model.save(args.out_dir / "ckpt.pt", step=args.steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("peak", group["lr"]) * rate(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+# ----------------------------------------------------------------------------- the plain build, for --bench
+class Plain(torch.nn.Module):
+    """The same architecture as a first draft would build it: nn.TransformerEncoderLayer with dropout 0.1, every row in
+    every layer, the sentence encoded once per sample."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, c = model, model.config
+        encoder = lambda: torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(
+            c.width, c.heads, 4 * c.width, 0.1, "gelu", batch_first=True, norm_first=True), c.layers)
+        self.vision, self.text, self.fusion = encoder(), encoder(), encoder()
+        model.vision, model.text, model.fusion = torch.nn.ModuleList(), torch.nn.ModuleList(), torch.nn.ModuleList()
+
+    def forward(self, images, state, text):
+        m = self.model
+        state = (state - m.state_mean) / m.state_std
+        x = torch.cat([m.cls.expand(len(state), 1, -1), self.vision(m.see(images)), self.text(m.read(text)),
+                       m.state(state)[:, None]], 1)
+        x = m.norm(self.fusion(x)[:, 0])
+        return m.head(torch.cat([x, m.goal(x), state], 1))
+
+
+def bench(rounds=12):
+    """Training steps of this build and of the plain one, alternately, each with its own batch size and optimiser."""
+    config = Config(words=tuple(f"word{i}" for i in range(40)))
+    fast, plain = VLA(config).to(device), Plain(VLA(config)).to(device)
+    fast_optimizers, plain_optimizer = make_optimizers(fast), torch.optim.AdamW(plain.parameters(), lr=1e-4)
+
+    def batch(n):
+        return (torch.randint(0, 256, (n, 2, 64, 64, 3), dtype=torch.uint8, device=device),
+                torch.randn(n, config.state_size, device=device), torch.randint(1, 40, (n, config.max_text), device=device))
+
+    def fast_step(n=args.batch_size, requests=25):
+        """As in train_step: a batch words each of the 25 requests in one way; no frame has a second sentence."""
+        images, state, text = batch(n)
+        with autocast:
+            out = fast(images, state, text[:requests], sentence=torch.arange(n) % requests)
+        sum(o.float().abs().mean() for o in out).backward()
+        for optimizer in fast_optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return n
+
+    def plain_step(n=32):
+        plain(*batch(n)).abs().mean().backward()
+        plain_optimizer.step()
+        plain_optimizer.zero_grad(set_to_none=True)
+        return n
+
+    seconds = {fast_step: [], plain_step: []}
+    for _ in range(rounds + 2):
+        for step, times in seconds.items():
+            begun = time.perf_counter()
+            n = step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - begun) / n)
+    fast_rate, plain_rate = (1 / float(np.median(times[2:])) for times in seconds.values())
+    print(f"{fast_rate:.0f} samples/s, plain build {plain_rate:.0f} samples/s: {fast_rate / plain_rate:.1f} times ({dtype}, "
+          f"{device}, {torch.get_num_threads()} threads)")
+
+
+if args.bench:
+    bench()
+    sys.exit()
+
+# ----------------------------------------------------------------------------- prepare
+existing = [p for p in (ckpt_path, resume_path, log_path) if p.exists()]
+if existing and not (args.resume or args.overwrite):
+    fail(f"{existing[0]} exists; --resume carries on from it, --overwrite replaces it, --out_dir goes elsewhere")
+if args.resume and not resume_path.exists():
+    fail(f"there is nothing to resume in {args.out_dir}: {resume_path} is missing")
+try:
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    log = open(log_path, "a" if args.resume else "w")
+except OSError as error:
+    fail(f"cannot write in {args.out_dir}: {error.strerror}")
+clock = time.time()
+if not args.data.exists():
+    print(f"{args.data} is not there: making {args.episodes} demonstrations, about {args.episodes / 1000:.0f} minutes "
+          "on 2 cores", flush=True)
+    if code := subprocess.run([sys.executable, str(Path(__file__).parent / "gen_data.py"), "--episodes", str(args.episodes),
+                               "--out", str(args.data)]).returncode:
+        sys.exit(code)
+made = time.time() - clock
+try:
+    cameras, data, sentences = load(args.data, STATES[state_kind])
+except (OSError, KeyError, ValueError) as error:
+    fail(f"{args.data} is not a complete data file of gen_data.py ({str(error).strip()}); delete it or give another --data")
+train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
+if not len(train_frames) or not len(valid_frames):
+    fail(f"{args.data} is too small: it needs episodes to train on and, from another scene, to validate on")
+n_blocks = data["objects"].shape[1] - 2
+print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)} held out; made in {made:.0f} s, loaded in "
+      f"{time.time() - clock - made:.0f} s", flush=True)
+
+torch.manual_seed(args.seed)
+config = Config(model=args.model, state=state_kind, text=args.text, execute=args.execute, cameras=cameras,
+                words=tuple(sorted({w for group in sentences for s in group for w in split(s)})),
+                max_text=16 if args.text == "word" else 96)
+if args.model == "bc":
+    config.cameras, config.chunk, config.execute = (), 1, 1
+if config.execute > config.chunk:
+    fail(f"--execute {args.execute} is more than the chunk of {config.chunk}")
+model = {"vla": VLA, "bc": BC}[args.model](config)
+model.state_mean.copy_(data["state"][train_frames].mean(0))    # statistics of the training frames alone
+model.state_std.copy_(data["state"][train_frames].std(0) + 1e-3)
+if args.model == "vla":
+    some = data["images"][train_frames[::97]].float()
+    model.image_mean.copy_(some.mean((0, 2, 3))[:, None, None])
+    model.image_std.copy_(some.std((0, 2, 3))[:, None, None])
+    slots = data["pair"][train_frames] + torch.tensor([0, n_blocks])
+    goals = data["objects"][train_frames][torch.arange(len(slots))[:, None], slots].flatten(1)
+    model.goal_mean.copy_(goals.mean(0))
+    model.goal_std.copy_(goals.std(0) + 1e-3)
+    tokens = [torch.stack([tokenize(s, config) for s in group]) for group in sentences]
+model.to(device)
+net = torch.compile(model) if args.compile else model
+optimizers = make_optimizers(model)
+weights = dict(action=1.0, goal=args.goal, ground=args.ground)
+first_step = 0
+if args.resume:
+    try:
+        saved = torch.load(resume_path, map_location=device, weights_only=True)
+        if saved["config"] != dataclasses.asdict(config):
+            fail(f"{resume_path} is of another configuration; resume with the flags it was started with")
+        model.load_state_dict(saved["weights"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        first_step = saved["step"]
+    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        fail(f"{resume_path} cannot be resumed from ({str(error).splitlines()[0]})")
+
+
+def save(step):
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    model.save(ckpt_path, step=step, settings=settings)
+    part = resume_path.with_name("resume.pt.part")
+    torch.save(dict(config=dataclasses.asdict(config), weights=model.state_dict(), step=step,
+                    optimizers=[o.state_dict() for o in optimizers]), part)
+    part.replace(resume_path)
+
+
+# ----------------------------------------------------------------------------- train
+print(f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {dtype}, "
+      f"{torch.get_num_threads()} threads", flush=True)
+held_out = torch.from_numpy(np.random.default_rng(0).choice(valid_frames, min(512, len(valid_frames)), replace=False))
+began, measured = time.time(), first_step
+bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+try:
+    for step in range(first_step, args.steps):
+        loss = train_step(step)
+        bar.update()
+        done = step + 1
+        if done % args.log_interval == 0 or done == args.steps:
+            ms = (time.time() - began) / (done - measured) * 1e3
+            with torch.no_grad():
+                valid = losses(held_out, min(args.relabel, len(held_out)), np.random.default_rng(0))
+            line = dict(step=done, loss=loss.item(), val_loss=valid["action"].item(), lr=rate(step) * args.lr,
+                        ms_per_step=ms, samples_per_s=args.batch_size / ms * 1e3,
+                        **{f"val_{k}": v.item() for k, v in valid.items() if k != "action"})
+            print(json.dumps(line), file=log, flush=True)
+            left = (args.steps - done) * ms / 60e3
+            bar.write(f"step {done:5d}  loss {line['loss']:.4f}  validation " + "  ".join(
+                f"{k} {v.item():.4f}" for k, v in valid.items()) + f"  {ms:.0f} ms/step  {left:.1f} min left", sys.stdout)
+            sys.stdout.flush()
+            began, measured = time.time(), done
+        if args.eval_interval and done % args.eval_interval == 0 and done < args.steps:
+            save(done)
+except KeyboardInterrupt:
+    save(step)
+    print(f"stopped after {step} steps; the same command with --resume carries on", file=sys.stderr)
+    sys.exit(130)
+bar.close()
+save(args.steps)
+log.close()
+trained = time.time() - clock - made
+
+# ----------------------------------------------------------------------------- the curve and the score
+import matplotlib
+matplotlib.use("Agg")                                          # draws without a display
+import matplotlib.pyplot as plt
+lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+plt.figure(figsize=(6, 3.5), layout="constrained")
+for name, label in (("loss", "training loss (all terms)"), ("val_loss", "action error, held-out episodes")):
+    plt.plot([l["step"] for l in lines], [l[name] for l in lines], label=label)
+plt.yscale("log"); plt.xlabel("step"); plt.legend(); plt.grid(alpha=0.3)
+plt.savefig(args.out_dir / "curve.png", dpi=110)
+print(f"{ckpt_path}, {log_path}, {args.out_dir / 'curve.png'}; data {made / 60:.1f} min, training {trained / 60:.1f} min", flush=True)
+if args.eval_interval:
+    sys.exit(subprocess.run([sys.executable, str(Path(__file__).parent / "eval.py"), "--ckpt", str(ckpt_path), "--seed", "0",
+                             "--episodes", str(args.eval_episodes)]).returncode)
