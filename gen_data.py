@@ -1,6 +1,6 @@
 """The world and its demonstrations: scene, cameras, sentences, scripted expert, HDF5 writer.
 
-    python gen_data.py --episodes 2000 --out data/demos.h5    # all cores, about 1 minute on 2 of them
+    python gen_data.py --episodes 2000 --out data/demos.h5    # all cores, about 2 minutes on 2 of them
     python gen_data.py --bench                                # frames/s against bare physics + ray casting
 
 A 7-joint arm (Franka Panda link offsets) with a friction gripper stands at a table with coloured blocks and
@@ -20,6 +20,7 @@ import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import h5py
 import mujoco
@@ -200,7 +201,8 @@ class RayCamera:
         near = (z > -0.01).any(1)                              # reaches behind the camera: could be anywhere
         scale = self.size / 2 / np.maximum(reach, 0.01 * self.half)
         x, y = self.size / 2 + x * scale, self.size / 2 - y * scale
-        edges = np.stack([y.min(1) - 1, y.max(1) + 2, x.min(1) - 1, x.max(1) + 2], 1)
+        edges = np.stack([y.min(1), y.max(1) + 1, x.min(1), x.max(1) + 1], 1)
+        edges = np.ceil(edges - 0.5 + [-1e-6, 1e-6, -1e-6, 1e-6])        # a ray goes through the middle of its pixel
         edges[near] = 0, self.size, 0, self.size
         edges = np.clip(edges[seen], 0, self.size).astype(int).tolist()
         mask = np.zeros((self.size, self.size), bool)
@@ -563,7 +565,9 @@ CHUNK = 8                              # frames per compressed chunk of a camera
 
 def start_worker(kwargs):
     global worker_env
-    signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is the main process's to handle
+    if parent := mp.parent_process():                          # a worker
+        signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is the main process's to handle
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()     # and its death is ours
     worker_env = Env(**kwargs)
 
 

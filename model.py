@@ -33,6 +33,7 @@ class Config:
     model: str = "vla"                # vla or bc
     cameras: tuple = ("front", "wrist")
     coarse: tuple = ("wrist",)        # cameras whose patches are merged 2 x 2: 16 tokens instead of 64
+    keep: int = 40                    # patches kept of each look: those that differ most from the picture's median colour
     state: str = "proprio"            # key of STATES
     text: str = "word"                # word or char
     words: tuple = ()                 # every word of the training sentences
@@ -111,11 +112,11 @@ class Block(nn.Module):
 
 
 def sincos_2d(side, width):
-    """Fixed 2-D sine-cosine positions (side * side, width), half the channels for y, half for x (as in MAE)."""
+    """Fixed 2-D sine-cosine positions (side, side, width), half the channels for y, half for x (as in MAE)."""
     freq = 1.0 / 100 ** (torch.arange(width // 4) / (width // 4))
     wave = torch.arange(side)[:, None] * freq
     wave = torch.cat([wave.sin(), wave.cos()], 1)                         # (side, C / 2)
-    return torch.cat([wave.repeat_interleave(side, 0), wave.repeat(side, 1)], 1)
+    return torch.cat([wave[:, None].expand(-1, side, -1), wave.expand(side, -1, -1)], 2)
 
 
 # ----------------------------------------------------------------------------- the policies
@@ -215,20 +216,30 @@ class VLA(Policy):
                                   nn.Linear(2 * C, config.chunk * A), nn.Tanh())
 
     def see(self, images):
-        """(B, V, H, W, 3) uint8 to patch tokens (B, P, C)."""
-        x = ((images - self.image_mean) / self.image_std).flatten(0, 1)
+        """(B, V, H, W, 3) uint8 to patch tokens (B, keep, C) and which patches of all views they are, (B, keep).
+
+        Bare table is most of every picture. Only the patches with the pixels farthest from the picture's median colour
+        become tokens, which halves the work."""
+        side = self.grid.shape[0]
+        x = images.flatten(0, 1).float()                                                    # (B V, H, W, 3)
+        odd = (x - x[:, ::8, ::8].flatten(1, 2).median(1).values[:, None, None]).abs().amax(-1)
+        odd = odd.unflatten(1, (side, -1)).unflatten(3, (side, -1)).amax((2, 4)).unflatten(0, images.shape[:2])
+        x = (x.unflatten(0, images.shape[:2]) - self.image_mean).div(self.image_std).flatten(0, 1)
         x = x.unflatten(1, (-1, 4)).unflatten(3, (-1, 4)).transpose(2, 3).flatten(3)        # (B V, H/4, W/4, 48)
         x = self.patch(F.relu(self.stem(x)).permute(0, 3, 1, 2)).unflatten(0, images.shape[:2])   # (B, V, C, side, side)
-        views = []
+        views, scores = [], []
         for i, camera in enumerate(self.config.cameras):
-            y, grid = x[:, i], self.grid
+            y, grid, score = x[:, i], self.grid, odd[:, i]
             if camera in self.config.coarse:
-                y, grid = self.merge(y), self.coarse_grid
-            views.append(y.flatten(2).transpose(1, 2) + grid + self.view[i])
-        x = torch.cat(views, 1)
+                y, grid, score = self.merge(y), self.coarse_grid, F.max_pool2d(score, 2)
+            views.append(y.flatten(2).transpose(1, 2) + grid.flatten(0, 1) + self.view[i])
+            scores.append(score.flatten(1))
+        x, scores = torch.cat(views, 1), torch.cat(scores, 1)                               # (B, P, C), (B, P)
+        kept = scores.topk(min(self.config.keep, scores.shape[1])).indices.sort().values
+        x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
         for block in self.vision:
             x = block(x)
-        return x
+        return x, kept
 
     def read(self, text):
         """(B, L) int64 to word tokens (B, L, C)."""
@@ -238,8 +249,8 @@ class VLA(Policy):
         return x
 
     def fuse(self, patches, words, state, frame=slice(None)):
-        """(B, P, C), (R, L, C), (R, S) raw state to actions (R, K, A), goals (R, 6) (block and pad in the world frame,
-        normalised) and log-attention of the CLS token on the patches (R, heads, P). Row i looks at patches[frame[i]].
+        """(B, keep, C), (R, L, C), (R, S) raw state to actions (R, K, A), goals (R, 6) (block and pad in the world frame,
+        normalised) and log-attention of the CLS token on the patches (R, heads, keep). Row i sees patches[frame[i]].
 
         The CLS token, the words and the state look at everything; the patches are only looked at."""
         state = (state - self.state_mean) / self.state_std
@@ -254,8 +265,13 @@ class VLA(Policy):
 
     def forward(self, images, state, text, frame=slice(None), sentence=slice(None)):
         """images (B, V, H, W, 3) uint8, state (B, S), text (U, L): each picture and each sentence is encoded once.
-        Row i of the answer pairs picture frame[i] with sentence[i]; by default picture i with sentence i."""
-        return self.fuse(self.see(images), self.read(text)[sentence], state[frame], frame)
+        Row i of the answer pairs picture frame[i] with sentence[i]; by default picture i with sentence i. Returns
+        actions (R, K, A), goals (R, 6) and log-attention (R, heads, P) on the patches of all views in turn."""
+        patches, kept = self.see(images)
+        actions, goal, attention = self.fuse(patches, self.read(text)[sentence], state[frame], frame)
+        kept = kept[frame][:, None].expand(-1, attention.shape[1], -1)
+        everywhere = attention.new_full((*attention.shape[:2], sum(s * s for s in self.sides)), -20.0)
+        return actions, goal, everywhere.scatter(2, kept, attention)
 
     @torch.inference_mode()
     def plan(self, observations, sentences):
@@ -266,7 +282,7 @@ class VLA(Policy):
             self.known = distinct, self.read(text)
         images, state = self.read_obs(observations)
         words = self.known[1][[distinct.index(s) for s in sentences]]
-        return self.fuse(self.see(images), words, state)[0].float().cpu().numpy()
+        return self.fuse(self.see(images)[0], words, state)[0].float().cpu().numpy()
 
 
 class BC(Policy):

@@ -38,6 +38,7 @@ add("--goal", type=float, default=0.5, help="weight of the two positions' regres
 add("--model", default="vla", choices=("vla", "bc"), help="vla, or bc: an MLP on the state alone (default vla)")
 add("--state", default=None, choices=tuple(STATES), help="proprio: 14 numbers the robot feels; full: 20, with the "
     "answer (default proprio; bc: full)")
+add("--cameras", default=None, help="comma list of the file's cameras to look through (default all of them)")
 add("--text", default="word", choices=("word", "char"), help="tokens of the sentence (default word)")
 add("--execute", type=int, default=4, help="actions carried out of each chunk of 8 (default 4); bc: 1")
 add("--data", type=Path, default=Path("data/demos.h5"), help="demonstrations (default data/demos.h5; made if missing)")
@@ -72,6 +73,7 @@ for flag in ("relabel", "ground", "goal", "seed", "eval_interval"):
 if args.relabel > args.batch_size:
     fail(f"--relabel {args.relabel} is more than --batch_size {args.batch_size}")
 state_kind = args.state or ("full" if args.model == "bc" else "proprio")
+chosen_cameras = [] if args.model == "bc" else args.cameras and args.cameras.split(",")
 device = args.device
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -84,12 +86,15 @@ ckpt_path, resume_path, log_path = (args.out_dir / n for n in ("ckpt.pt", "resum
 
 
 # ----------------------------------------------------------------------------- data
-def load(path, state_keys):
-    """The whole file in memory. Returns cameras, tensors by name with one row per frame, and the sentences of each
+def load(path, state_keys, cameras):
+    """The whole file in memory, or of its pictures those of `cameras`. Returns cameras, tensors by name with one row per frame, and the sentences of each
     (task, block colour, pad colour) in a list; `key` and `other_key` of a frame are indices into that list."""
     rows, at, keys = {}, 0, {}
     with h5py.File(path) as file:
-        cameras = tuple(json.loads(file.attrs["env_args"])["env_kwargs"]["cameras"])
+        recorded = json.loads(file.attrs["env_args"])["env_kwargs"]["cameras"]
+        cameras = tuple(recorded if cameras is None else cameras)
+        if missing := [c for c in cameras if c not in recorded]:
+            raise ValueError(f"it has no camera {missing[0]!r}, only {', '.join(recorded)}")
         valid = {name.decode() for name in file["mask/valid"][:]}
         groups = [file[f"episode_{i}"] for i in range(file.attrs["total"])]
         length = [int(g.attrs["num_samples"]) for g in groups]
@@ -107,7 +112,7 @@ def load(path, state_keys):
             for name, value in dict(
                     state=np.concatenate([observed[k][:] for k in state_keys], 1), action=group["actions"][:],
                     other_action=labels["other_action"][:], objects=labels["objects_pos"][:],
-                    uv=np.stack([labels[f"{c}_uv"][:] for c in cameras], 1), pair=pair, other=other,
+                    uv=np.stack([labels[f"{c}_uv"][:] for c in cameras] or [other], 1), pair=pair, other=other,
                     key=index[pair[:, 0], pair[:, 1]], other_key=index[other[:, 0], other[:, 1]],
                     end=np.full(n, at), valid=np.full(n, f"demo_{i}" in valid)).items():
                 rows.setdefault(name, []).append(value)
@@ -179,8 +184,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model):
-    inner = ("q", "kv", "out", "up", "down")                   # the transformers' matrices
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and name.split(".")[-2] in inner]
+    inner = (".q.", ".kv.", ".out.", ".up.", ".down.")         # the transformers' matrices
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and any(part in name for part in inner)]
     if args.optimizer == "adamw":
         matrices = []
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
@@ -209,21 +214,21 @@ def train_step(step):
 
 # ----------------------------------------------------------------------------- the plain build, for --bench
 class Plain(torch.nn.Module):
-    """The same architecture as a first draft would build it: nn.TransformerEncoderLayer with dropout 0.1, every row in
-    every layer, the sentence encoded once per sample."""
+    """The same architecture as a first draft would build it: nn.TransformerEncoderLayer with dropout 0.1, every patch a
+    token, every row in every layer, the sentence encoded once per sample."""
 
     def __init__(self, model):
         super().__init__()
         self.model, c = model, model.config
         encoder = lambda: torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(
-            c.width, c.heads, 4 * c.width, 0.1, "gelu", batch_first=True, norm_first=True), c.layers)
+            c.width, c.heads, 4 * c.width, 0.1, "gelu", batch_first=True, norm_first=True), c.layers, enable_nested_tensor=False)
         self.vision, self.text, self.fusion = encoder(), encoder(), encoder()
         model.vision, model.text, model.fusion = torch.nn.ModuleList(), torch.nn.ModuleList(), torch.nn.ModuleList()
 
     def forward(self, images, state, text):
         m = self.model
         state = (state - m.state_mean) / m.state_std
-        x = torch.cat([m.cls.expand(len(state), 1, -1), self.vision(m.see(images)), self.text(m.read(text)),
+        x = torch.cat([m.cls.expand(len(state), 1, -1), self.vision(m.see(images)[0]), self.text(m.read(text)),
                        m.state(state)[:, None]], 1)
         x = m.norm(self.fusion(x)[:, 0])
         return m.head(torch.cat([x, m.goal(x), state], 1))
@@ -232,7 +237,7 @@ class Plain(torch.nn.Module):
 def bench(rounds=12):
     """Training steps of this build and of the plain one, alternately, each with its own batch size and optimiser."""
     config = Config(words=tuple(f"word{i}" for i in range(40)))
-    fast, plain = VLA(config).to(device), Plain(VLA(config)).to(device)
+    fast, plain = VLA(config).to(device), Plain(VLA(dataclasses.replace(config, keep=80))).to(device)
     fast_optimizers, plain_optimizer = make_optimizers(fast), torch.optim.AdamW(plain.parameters(), lr=1e-4)
 
     def batch(n):
@@ -293,9 +298,9 @@ if not args.data.exists():
         sys.exit(code)
 made = time.time() - clock
 try:
-    cameras, data, sentences = load(args.data, STATES[state_kind])
+    cameras, data, sentences = load(args.data, STATES[state_kind], chosen_cameras)
 except (OSError, KeyError, ValueError) as error:
-    fail(f"{args.data} is not a complete data file of gen_data.py ({str(error).strip()}); delete it or give another --data")
+    fail(f"{args.data} cannot be used ({str(error).strip()}); delete it or give another --data")
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
 if not len(train_frames) or not len(valid_frames):
     fail(f"{args.data} is too small: it needs episodes to train on and, from another scene, to validate on")
@@ -308,7 +313,7 @@ config = Config(model=args.model, state=state_kind, text=args.text, execute=args
                 words=tuple(sorted({w for group in sentences for s in group for w in split(s)})),
                 max_text=16 if args.text == "word" else 96)
 if args.model == "bc":
-    config.cameras, config.chunk, config.execute = (), 1, 1
+    config.chunk = config.execute = 1
 if config.execute > config.chunk:
     fail(f"--execute {args.execute} is more than the chunk of {config.chunk}")
 model = {"vla": VLA, "bc": BC}[args.model](config)

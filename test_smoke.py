@@ -1,0 +1,445 @@
+"""The tests: the real scripts at toy size, and what the parts promise. About 2 minutes on 2 cores, no GL, no display.
+
+    python -m pytest -q test_smoke.py
+"""
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+    os.environ.pop(name, None)
+os.environ.update(MUJOCO_GL="disabled", OMP_NUM_THREADS="1")    # one thread: at this size two only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)       # in the background it is ignored, by our children too
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gen_data import CAMERAS, COLORS, DEMO_SEED, TASKS, TEST_SEED, Env, expert, seen_at
+from model import CHARS, PROPRIO, VLA, Block, Config, split, tokenize
+
+ROOT = Path(__file__).resolve().parent
+TRAIN = ("train.py --data demos.h5 --device cpu --steps 12 --batch_size 8 --relabel 4 --log_interval 1 --eval_interval 6 "
+         "--eval_episodes 2")
+STATE = dict(joint_pos=7, ee_pos=3, ee_vel=3, gripper=1, object_pos=3, target_pos=3)
+OBSERVATION = {k: ((n,), "float32") for k, n in STATE.items()} | {f"{c}_image": ((64, 64, 3), "uint8") for c in ("front", "wrist")}
+
+
+def start(command, folder, **kwargs):
+    """One of the scripts with its arguments, running in `folder`, its output kept."""
+    script, *rest = shlex.split(command)
+    return subprocess.Popen([sys.executable, ROOT / script, *rest], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kwargs)
+
+
+def run(command, folder, code=0):
+    """Runs it to its end and returns what it printed; on stderr if it is to fail."""
+    process = start(command, folder)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == code, out + err
+    return err if code else out
+
+
+def stop_when(ready, command, folder, how=signal.SIGKILL):
+    """Starts it, sends it a signal once ready() is true, and returns its exit status."""
+    process = start(command, folder, start_new_session=True)
+    try:
+        while not ready():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.send_signal(how)
+        process.communicate(timeout=20)                        # returns when its worker processes have ended too
+        return process.returncode
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)             # what a failure would leave running
+        except ProcessLookupError:
+            pass
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with 24 demonstrations in demos.h5."""
+    folder = tmp_path_factory.mktemp("toy")
+    run("gen_data.py --episodes 24 --workers 2 --out demos.h5", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(data):
+    """The same folder with a barely trained VLA in out/."""
+    run(TRAIN, data)
+    return data
+
+
+# ----------------------------------------------------------------------------- the world
+@pytest.mark.parametrize("module, strangers", [("gen_data", {"torch"}), ("model", {"mujoco", "h5py"})])
+def test_import_does_no_work(module, strangers, tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module}; print({strangers} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("set()\n", "", [])
+
+
+def test_culled_picture_equals_full_ray_cast():
+    env, labels = Env(cameras=CAMERAS), []
+    for seed in (1, 2):
+        env.reset(seed)
+        while not env.step(expert(env))[2]:
+            if env.steps % 5:
+                continue
+            for camera in env.cameras.values():
+                culled, geoms = camera.render(env.data), camera.geom.copy()
+                np.testing.assert_array_equal(culled, camera.render(env.data, cull=False))
+                np.testing.assert_array_equal(geoms, camera.geom)
+                for (x, y), geom in zip(seen_at(env, camera), env.block_geom):   # and labels are where the blocks are
+                    if x >= 0:
+                        labels.append(geoms[int(y * 64), int(x * 64)] == geom)
+    assert len(labels) > 50 and np.mean(labels) > 0.8
+
+
+def play(env, seed):
+    """All that an expert's episode returns."""
+    trace, over = [env.reset(seed)], False
+    while not over:
+        trace.append(env.step(expert(env)))
+        over = trace[-1][2] or trace[-1][3]
+    return trace
+
+
+def test_env_is_a_function_of_its_seed_and_the_expert_succeeds():
+    env, sentences = Env(), set()
+    for seed in (DEMO_SEED, 3, 4, 5, TEST_SEED):
+        trace = play(env, seed)
+        obs, reward, terminated, truncated, info = trace[-1]
+        assert (terminated, truncated, info["success"], info["diverged"]) == (True, False, True, False)
+        assert info["touched"] == info["block"] and f" {info['block']} " in info["instruction"]
+        rewards = [step[1] for step in trace[1:]]
+        assert all(isinstance(r, float) and 0 <= r <= 1 for r in rewards) and rewards[-1] == 1 > rewards[0] + 0.3
+        assert {k: (v.shape, v.dtype.name) for k, v in obs.items()} == OBSERVATION
+        sentences.add(info["instruction"])
+    assert len(sentences) > 2
+    again = play(Env(), seed)                                  # a fresh world against one that has been used
+    assert len(again) == len(trace)
+    for a, b in zip(again, trace):
+        assert a[1:] == b[1:] and all(a[0][k].tobytes() == b[0][k].tobytes() for k in a[0])
+
+
+def test_env_takes_a_sentence_by_hand():
+    env = Env(cameras=())
+    env.reset(7)
+    block, pad = env.block_colors[2], env.pad_colors[1]
+    text = f"please put the {block} thing on {pad}, thanks"
+    obs, info = env.reset(7, options=dict(instruction=text))
+    assert (info["instruction"], info["block"], info["pad"]) == (text, block, pad)
+    np.testing.assert_allclose(obs["object_pos"], env.block_pos[2], atol=1e-6)
+    np.testing.assert_allclose(obs["target_pos"], env.pad_pos[1], atol=1e-6)
+    for action in ([0, 0, 0], [0, 0, 0, np.nan]):
+        with pytest.raises(ValueError, match="4 finite numbers"):
+            env.step(action)
+
+
+# ----------------------------------------------------------------------------- the data file
+def content(path):
+    """Every array and attribute of a data file."""
+    found = {}
+
+    def keep(name, item):
+        found.update({(name, key): value for key, value in item.attrs.items()})
+        if isinstance(item, h5py.Dataset):
+            found[name] = item.dtype, item.shape, item[()].tobytes()
+
+    with h5py.File(path) as file:
+        keep("", file)
+        file.visititems(keep)
+    return found
+
+
+def test_data_file(data):
+    with h5py.File(data / "demos.h5") as file:
+        assert file.attrs["complete"] and file.attrs["total"] == file["data"].attrs["total"] == 24
+        assert {"schema", "seed", "tasks", "control_hz", "versions", "git_commit"} <= set(file.attrs)
+        assert json.loads(file["data"].attrs["env_args"])["env_kwargs"]["cameras"] == ["front", "wrist"]
+        train, valid = ({name.decode() for name in file[f"mask/{part}"]} for part in ("train", "valid"))
+        assert train and valid and not train & valid and train | valid == {f"demo_{i}" for i in range(24)}
+        env, interrupted = Env(), 0
+        for i in range(24):
+            episode, demo = file[f"episode_{i}"], file[f"data/demo_{i}"]
+            a, n, images = episode.attrs, episode.attrs["num_samples"], episode["observations/front_image"]
+            assert demo == episode and demo["obs"] == episode["observations"] and set(demo["obs"]) == set(OBSERVATION)
+            assert (f"demo_{i}" in valid) == (a["scene_seed"] % 20 == 0)       # whole scenes are held out
+            assert images.chunks[0] <= 8 and images.compression
+            for key, (shape, dtype) in OBSERVATION.items():
+                assert (demo["obs"][key].shape, demo["obs"][key].dtype) == ((n, *shape), dtype)
+            for key, shape, dtype, low in (("actions", (n, 4), "f4", -1), ("rewards", (n,), "f4", 0), ("dones", (n,), "u1", 0)):
+                values = demo[key][:]
+                assert (values.shape, values.dtype) == (shape, dtype) and low <= values.min() <= values.max() <= 1
+            assert a["success"] != a["interrupted"] and list(demo["dones"]) == [0] * (n - 1) + [a["success"]]
+            interrupted += a["interrupted"]
+            if a["sentence"] == 0:                             # what the environment shows, what the expert does, unperturbed
+                obs, info = env.reset(int(a["scene_seed"]))
+                assert info["instruction"] == a["instruction"] and np.array_equal(demo["actions"][0], expert(env))
+                assert all(np.array_equal(value, demo["obs"][key][0]) for key, value in obs.items())
+        assert 0 < interrupted < 24
+
+
+def test_data_does_not_depend_on_the_number_of_workers(data, tmp_path):
+    assert "24 episodes" in run("gen_data.py --episodes 24 --workers 1 --out new/demos.h5", tmp_path)
+    assert content(tmp_path / "new/demos.h5") == content(data / "demos.h5")
+
+
+def test_stopped_generation_carries_on(data, tmp_path):
+    command, part = "gen_data.py --episodes 24 --out demos.h5 --workers", tmp_path / "demos.h5.part"
+    for share, how, workers, code in ((0.2, signal.SIGKILL, 2, -9), (0.4, signal.SIGINT, 1, 130), (0.6, signal.SIGINT, 2, 130)):
+        limit = share * (data / "demos.h5").stat().st_size
+        assert code == stop_when(lambda: part.exists() and part.stat().st_size > limit, f"{command} {workers}", tmp_path, how)
+        assert not (tmp_path / "demos.h5").exists()
+        with h5py.File(part) as file:
+            assert "complete" not in file.attrs and 0 < file.attrs["total"] < 24
+    assert "carrying on from" in run(command + " 2", tmp_path)
+    assert content(tmp_path / "demos.h5") == content(data / "demos.h5") and not part.exists()
+
+
+# ----------------------------------------------------------------------------- the model
+WORDS = tuple(sorted({w for pattern in TASKS["pick_place"] for w in split(pattern.format(block="", pad=""))} | set(COLORS)))
+
+
+def make_batch(n=4):
+    """n pictures, two sentences that both fit each of them, and what the expert does: (2, n, 4), by sentence. The robot's
+    own state is the same in all, so that neither it nor the words nor the picture alone can tell what to do."""
+    env, observations, actions = Env(), [], []
+    sentences = [TASKS["pick_place"][0].format(block=block, pad="green") for block in ("red", "blue")]
+    for seed in range(1000):
+        obs, info = env.reset(seed)
+        if {"red", "blue"} <= set(env.block_colors) and "green" in env.pad_colors:
+            blocks = [env.block_colors.index(color) for color in ("red", "blue")]
+            actions.append([expert(env, block, env.pad_colors.index("green")) for block in blocks])
+            observations.append(obs | {k: (observations or [obs])[0][k] for k in PROPRIO})
+        if len(actions) == n:
+            break
+    return observations, sentences, torch.tensor(np.array(actions)).transpose(0, 1)
+
+
+def fit(model, batch, steps):
+    """Steps of AdamW on the L1 error of the first action; returns the losses and leaves the last gradients in place."""
+    observations, sentences, actions = batch
+    images, state = model.read_obs(observations)
+    text = torch.stack([tokenize(s, model.config) for s in sentences])
+    frame, sentence = torch.arange(len(images)).repeat(2), torch.arange(2).repeat_interleave(len(images))
+    optimizer, losses = torch.optim.AdamW(model.parameters()), []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 4e-4 * (1 - step / steps)
+        optimizer.zero_grad()
+        planned, goal, attention = model(images, state, text, frame, sentence)
+        loss = (planned[:, 0] - actions.flatten(0, 1)).abs().mean()
+        (loss + 1e-3 * (planned.square().mean() + goal.square().mean() - attention[..., 0].mean())).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="session")
+def fitted():
+    """A VLA after 100 steps on one small batch; that batch; the losses."""
+    torch.manual_seed(0)
+    model, batch = VLA(Config(words=WORDS)), make_batch()
+    losses = fit(model, batch, 100)
+    return model.eval(), batch, losses
+
+
+def test_size_and_every_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    model = VLA(Config(words=WORDS))
+    assert 1.2e6 < sum(p.numel() for p in model.parameters()) < 1.6e6
+    fit(model, make_batch(), 3)                                # outputs start at zero: not yet at the first step
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_computing_only_the_cls_row_is_the_same_function():
+    torch.manual_seed(0)
+    block, x, others = Block(32, 4), torch.randn(3, 9, 32), torch.randn(3, 4, 5, 16)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    for more in (None, others):
+        row, logits = block(x, more, rows=1)
+        assert logits.shape == (3, 4, 1, 9 if more is None else 14)
+        torch.testing.assert_close(row, block(x, more)[:, :1], atol=1e-4, rtol=1e-4)
+
+
+def test_one_batch_overfits_by_looking_and_listening(fitted):
+    model, (observations, sentences, actions), losses = fitted
+    deaf, blind = ((actions - actions.median(dim, keepdim=True).values).abs().mean() for dim in (0, 1))
+    assert losses[-1] < 0.6 * min(deaf, blind), losses[::10]   # out of reach for who ignores either
+    planned = np.stack([model.plan(observations, [s] * len(observations))[:, 0] for s in sentences])
+    assert np.abs(planned[0] - planned[1]).mean() > 0.1        # other words, same picture
+    assert np.abs(planned - np.roll(planned, 1, axis=1)).mean() > 0.1      # other picture, same words and joints
+
+
+def test_reloaded_checkpoint_acts_identically(fitted, trained, tmp_path):
+    model, (observations, sentences, _), _ = fitted
+    model.save(tmp_path / "ckpt.pt", step=100)
+    assert list(tmp_path.iterdir()) == [tmp_path / "ckpt.pt"] and (trained / "out/ckpt.pt").stat().st_size <= 6e6
+    model.reset()
+    policies = model, VLA.load(tmp_path / "ckpt.pt")
+    for obs in observations * 3:
+        a, b = (policy.predict(obs, sentences[0]) for policy in policies)
+        assert a.tobytes() == b.tobytes()
+
+
+def test_predict_executes_the_chunk_and_listens(fitted, monkeypatch):
+    model, (observations, sentences, _), _ = fitted
+    looks, plan = [], model.plan
+    monkeypatch.setattr(model, "plan", lambda *a: looks.append(plan(*a)) or looks[-1])
+    model.reset()
+    keys = ("front_image", "wrist_image", *PROPRIO)
+    obs = {k: observations[0][k] for k in keys}                # proprio needs no more than this
+    actions = [model.predict(obs, sentences[0]) for _ in range(model.config.execute)]
+    assert len(looks) == 1 and np.array_equal(actions, looks[0][0, :model.config.execute])
+    assert actions[0].shape == (4,) and actions[0].dtype == np.float32 and np.abs(actions).max() <= 1
+    model.predict(obs, sentences[0])
+    assert len(looks) == 2                                     # the chunk was used up
+    model.predict(obs, sentences[1])
+    assert len(looks) == 3                                     # a new sentence, at once
+    with pytest.raises(ValueError, match="wrist_image"):
+        model.predict({k: v for k, v in obs.items() if k != "wrist_image"}, sentences[0])
+
+
+def test_text():
+    config = Config(words=WORDS)
+    sentence = "Pick up the RED block, and place it at the green target."
+    assert torch.equal(tokenize(sentence, config), tokenize(sentence.lower().replace(",", ""), config))
+    with pytest.raises(ValueError, match="'banana'.*" + " ".join(WORDS)):
+        tokenize("pick up the red banana and place it at the green target", config)
+    chars = Config(words=WORDS, text="char", max_text=96)
+    with pytest.warns(UserWarning, match="'banana'"):
+        ids = tokenize("red banana", chars)
+    assert "".join(CHARS[i - 1] for i in ids if i) == "red banana" and ids.shape == (96,)
+    with pytest.raises(ValueError, match="too long"):
+        tokenize("red " * 99, chars)
+
+
+# ----------------------------------------------------------------------------- the scripts
+def read_log(path):
+    """{step: losses}; a resumed run may log a step twice."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["step"]: {k: v for k, v in line.items() if "loss" in k or k.startswith("val_")} for line in lines}
+
+
+def test_training_is_a_function_of_its_seed_and_resumes_exactly(trained, tmp_path):
+    (tmp_path / "demos.h5").symlink_to(trained / "demos.h5")
+    whole, log = read_log(trained / "out/log.jsonl"), tmp_path / "out/log.jsonl"
+    assert list(whole) == list(range(1, 13)) and all(np.isfinite(v) for line in whole.values() for v in line.values())
+    assert stop_when((tmp_path / "out/resume.pt").exists, TRAIN, tmp_path) == -signal.SIGKILL     # written after step 6
+    assert 6 <= len(read_log(log)) < 12
+    run(TRAIN + " --resume --eval_interval 0", tmp_path)
+    assert read_log(log) == whole
+    run(TRAIN + " --resume --eval_interval 0 --steps 14", tmp_path)
+    assert list(read_log(log)) == list(range(1, 15)) and VLA.load(tmp_path / "out/ckpt.pt").step == 14
+
+
+def test_eval(trained, tmp_path):
+    for out, flags in (("all.json", "--policies expert,random,policy --controls"), ("again.json", "")):
+        run(f"eval.py --ckpt {trained}/out/ckpt.pt --episodes 3 --out {out} {flags}", tmp_path)
+    result, again = (json.loads((tmp_path / name).read_text()) for name in ("all.json", "again.json"))
+    lines, lines_again = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+                          for name in ("all.jsonl", "again.jsonl"))
+    rows = {(row["policy"], row["control"]): row for row in result["rows"]}
+    assert list(rows) == [("expert", "none"), ("random", "none"), *(("vla", c) for c in ("none", "blind", "deaf", "swap"))]
+    for (policy, control), row in rows.items():
+        assert {"task", "split", "reward", "steps", "violations"} <= set(row) and row["n"] == 3
+        assert 0 <= row["low"] <= row["k"] / 3 <= row["high"] <= 1 and row["high"] - row["low"] > 0.4
+        mine = [line for line in lines if (line["policy"], line["control"]) == (policy, control)]
+        assert [line["seed"] for line in mine] == [TEST_SEED, TEST_SEED + 1, TEST_SEED + 2]
+        assert sum(line["success"] for line in mine) == row["k"] and {"told", "touched"} <= set(mine[0])
+        for line in mine:
+            assert dict(deaf=line["told"] == "", swap=line["told"] != line["original"]).get(
+                control, line["told"] == line["original"])
+    assert rows["expert", "none"]["k"] == 3 and rows["random", "none"]["k"] == 0
+    assert abs(rows["expert", "none"]["low"] - 0.4385) < 1e-3  # Wilson at 3 of 3: n / (n + 1.96^2)
+    assert result["fingerprint"]["torch"] == torch.__version__
+    row = rows["vla", "none"]                                  # the same scenes again: the same to the last bit
+    assert again["rows"] == [row | dict(seconds=again["rows"][0]["seconds"])]
+    assert lines_again == [line for line in lines if (line["policy"], line["control"]) == ("vla", "none")]
+
+
+def test_play_writes_a_gif(trained, tmp_path):
+    out = run(f"play.py --ckpt {trained}/out/ckpt.pt --seed 3 --size 256 --out a.gif", tmp_path)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames > 5 and min(gif.size) >= 256 and "scene 3" in out
+
+
+def test_bc_trains_on_data_that_it_makes(tmp_path):
+    out = run("train.py --model bc --data new/demos.h5 --episodes 6 --steps 30 --log_interval 15 --eval_interval 30 "
+              "--eval_episodes 1 --out_dir bc", tmp_path)
+    assert "making 6 demonstrations" in out and re.search(r"bc +- +[01]/1 = ", out)
+    log = read_log(tmp_path / "bc/log.jsonl")
+    assert log[30]["loss"] < log[15]["loss"] and VLA.load(tmp_path / "bc/ckpt.pt").config.state == "full"
+
+
+# ----------------------------------------------------------------------------- bad input
+@pytest.fixture(scope="session")
+def hostile(trained):
+    """The trained folder with broken and foreign files added."""
+    whole = (trained / "demos.h5").read_bytes()
+    (trained / "cut.h5").write_bytes(whole[:len(whole) // 2])
+    (trained / "text").write_text("neither a checkpoint nor data\n")
+    with h5py.File(trained / "foreign.h5", "w") as file:
+        file["data/demo_0/actions"] = np.zeros((5, 7))
+    saved = torch.load(trained / "out/ckpt.pt", weights_only=True)
+    saved["config"]["width"] = 64
+    torch.save(saved, trained / "other.pt")
+    saved["config"].update(width=128, words=[word[::-1] for word in saved["config"]["words"]])
+    torch.save(saved, trained / "foreign.pt")
+    return trained
+
+
+@pytest.mark.parametrize("command, fragment", [
+    ("gen_data.py --episodes 0 --out new.h5", "--episodes"),
+    ("gen_data.py --workers -2 --out new.h5", "--workers"),
+    ("gen_data.py --tasks juggle --out new.h5", "'juggle'"),
+    ("gen_data.py --cameras front,rear --out new.h5", "'rear'"),
+    ("gen_data.py --episodes 2 --out demos.h5", "demos.h5 exists"),
+    ("gen_data.py --episodes 2 --out text/new.h5", "cannot write"),
+    ("train.py --data demos.h5 --out_dir new --steps 0", "--steps"),
+    ("train.py --data demos.h5 --out_dir new --batch_size -8", "--batch_size"),
+    ("train.py --data demos.h5 --out_dir new --execute 9", "--execute 9"),
+    ("train.py --data cut.h5 --out_dir new", "cut.h5"),
+    ("train.py --data cut.h5 --out_dir out --overwrite", "cut.h5"),
+    ("train.py --data foreign.h5 --out_dir new", "foreign.h5"),
+    ("train.py --data demos.h5 --out_dir text/new", "cannot write"),
+    ("train.py --data demos.h5 --out_dir out", "--overwrite"),
+    ("train.py --data demos.h5 --out_dir new --resume", "nothing to resume"),
+    ("train.py --data demos.h5 --out_dir out --resume --model bc", "another configuration"),
+    ("eval.py --ckpt missing.pt", "no checkpoint missing.pt"),
+    ("eval.py --ckpt text", "not a checkpoint"),
+    ("eval.py --ckpt other.pt", "not a checkpoint"),
+    ("eval.py --ckpt foreign.pt --episodes 1", "does not know the word"),
+    ("eval.py --ckpt out/ckpt.pt --episodes 0", "--episodes"),
+    ("eval.py --ckpt out/ckpt.pt --tasks juggle", "'juggle'"),
+    ("eval.py --ckpt out/ckpt.pt --episodes 1 --out text/a.json", "cannot write"),
+    ("eval.py --ckpt out/ckpt.pt --episodes 1 --out out", "cannot write"),
+    ("play.py --ckpt missing.pt --out a.gif", "no checkpoint missing.pt"),
+    ("play.py --ckpt demos.h5 --out a.gif", "not a checkpoint"),
+    ("play.py --ckpt out/ckpt.pt", "no display"),
+    ("play.py --ckpt out/ckpt.pt --out text/a.gif", "text"),
+    ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'lift the orange block to the {pad} target'", "names 1 colour"),
+    ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'put the {absent} block on the {pad} target'", "no {absent} block"),
+    ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'teleport the {block} block to the {pad} target'", "'teleport'"),
+])
+def test_bad_input_is_one_sentence(command, fragment, hostile):
+    env = Env(cameras=())
+    env.reset(0)
+    colors = dict(block=env.block_colors[0], pad=env.pad_colors[0], absent=next(c for c in COLORS if c not in env.block_colors))
+    files = lambda: {p: p.stat().st_mtime_ns for p in hostile.rglob("*") if p.is_file()}
+    before = files()
+    err = run(command.format(**colors), hostile, code=2)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith(command.split()[0] + ": ") and fragment.format(**colors) in lines[0], err
+    assert files() == before                                   # nothing overwritten, lost or left behind
