@@ -70,6 +70,8 @@ if "policy" in policies:
             fail(f"--execute {args.execute} is more than the checkpoint's chunk of {model.config.chunk}")
 if args.out:
     try:
+        if args.out.is_dir() or args.out.suffix != ".json":
+            fail(f"cannot write {args.out}: --out is a file name that ends in .json")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         episode_file = open(args.out.with_suffix(".jsonl"), "w")
     except OSError as error:
@@ -110,7 +112,7 @@ def play(policy, control, seeds, pool, envs, bar):
         if success or truncated or original or info["diverged"]:
             results[i] = dict(seed=seeds[i], told=told[i], original=sentence, success=bool(success and not info["diverged"]),
                               original_success=bool(original), touched=info["touched"], block=info["block"],
-                              reward=env.total_reward, steps=env.steps, violations=info["violations"],
+                              reward=env.total_reward / env.steps, steps=env.steps, violations=info["violations"],
                               diverged=info["diverged"])
             bar.update()
 
@@ -164,7 +166,7 @@ def evaluate(name, policy, control):
     if control == "swap":
         a, b = wilson(row["original"], n)
         text += f" on the sentence given, {row['original']}/{n} = {100 * row['original'] / n:.1f}% [{100 * a:.1f}, {100 * b:.1f}] on the original"
-    print(f"{name:8} {control or '-':6} {text}; reward {row['reward']:.1f} ± {row['reward_sd']:.1f}, steps {row['steps']:.0f} ± "
+    print(f"{name:8} {control or '-':6} {text}; reward {row['reward']:.2f} ± {row['reward_sd']:.2f}, steps {row['steps']:.0f} ± "
           f"{row['steps_sd']:.0f}, violations {row['violations']}, of {n - k} failures {row['wrong_first']} touched a wrong "
           f"block first and {row['untouched']} none; {row['seconds']:.0f} s", flush=True)
     return row
@@ -179,7 +181,10 @@ for name in policies:
         rows.append(evaluate(name, name, ""))
 for model in models:
     for control in ("", *(("blind", "deaf", "swap") if args.controls and model.config.model == "vla" else ())):
-        rows.append(evaluate(model.config.model, model, control))
+        try:
+            rows.append(evaluate(model.config.model, model, control))
+        except ValueError as error:                            # other words, cameras or states than this world's
+            fail(error)
 if args.latency:
     torch.set_num_threads(1)
     for model in models:

@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing as mp
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def parse_instruction(text):
     """Slots of a sentence in anybody's words: the first colour named is the block's, the second the pad's.
 
     Raises ValueError, with a sentence for the user, when it does not name exactly two colours."""
-    named = [w for w in text.lower().replace(",", " ").replace(".", " ").split() if w in COLORS]
+    named = [w for w in re.findall("[a-z]+", text.lower()) if w in COLORS]
     if len(named) != 2:
         raise ValueError(f"the instruction {text!r} names {len(named)} colours; it must name two of "
                          f"{', '.join(COLORS)}: the block's, then the target's")
@@ -644,6 +645,8 @@ def generate(out, episodes, seed, tasks, cameras, workers):
         fail(f"{part} was begun with other settings ({file.attrs['settings']}); finish it with those or delete it")
     written, scene = int(file.attrs.get("total", 0)), int(file.attrs.get("scenes_done", 0))
     dropped = json.loads(file.attrs.get("dropped", "{}"))
+    if written > episodes:
+        fail(f"{part} holds {written} episodes already; ask for at least as many, or delete it")
     for name in [f"episode_{written + i}" for i in range(SENTENCES)]:    # cut off in the middle of a scene
         for path in (name, name.replace("episode_", "data/demo_")):
             if file.get(path, getlink=True) is not None:
@@ -665,6 +668,8 @@ def generate(out, episodes, seed, tasks, cameras, workers):
             yield waiting.pop(0).result()
             waiting.append(pool.submit(play_scene, base + i))
 
+    stopped = []                                               # Ctrl-C is heeded between scenes: the file stays whole
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
     pool = None
     if workers > 1:
         pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), initializer=start_worker, initargs=(kwargs,))
@@ -679,16 +684,16 @@ def generate(out, episodes, seed, tasks, cameras, workers):
             dropped = {k: dropped.get(k, 0) + lost.get(k, 0) for k in {**dropped, **lost}}
             file.attrs.update(total=written, scenes_done=scene, dropped=json.dumps(dropped, sort_keys=True))
             file.flush()
-            if written == episodes:
+            if written == episodes or stopped:
                 break
-    except KeyboardInterrupt:
-        file.close()
-        print(f"stopped with {written} episodes in {part}; the same command carries on from there", file=sys.stderr)
-        os._exit(130)                                          # the workers are daemons of a pool we will not wait for
     finally:
         bar.close()
         if pool:
             pool.shutdown(cancel_futures=True)
+    if written < episodes:
+        file.close()
+        print(f"stopped with {written} episodes in {part}; the same command carries on from there", file=sys.stderr)
+        sys.exit(130)
     seconds = max(time.time() - start, 1e-9)
     scenes = {i: int(file[f"episode_{i}"].attrs["scene_seed"]) for i in range(written)}
     for name, chosen in (("train", lambda s: s % 20), ("valid", lambda s: not s % 20)):
@@ -703,6 +708,7 @@ def generate(out, episodes, seed, tasks, cameras, workers):
     env_args = json.dumps(dict(env_name="picovla", type=0, env_kwargs=kwargs), sort_keys=True)
     file["data"].attrs.update(total=written, env_args=env_args)
     file.attrs.update(schema=SCHEMA, seed=seed, tasks=",".join(tasks), control_hz=CONTROL_HZ, env_args=env_args,
+                      sentences=json.dumps({task: TASKS[task] for task in tasks}),
                       versions=f"mujoco {mujoco.__version__}, numpy {np.__version__}, h5py {h5py.__version__}",
                       git_commit=commit or "unknown")
     file.attrs["complete"] = True

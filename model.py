@@ -132,7 +132,7 @@ class Policy(nn.Module):
 
     def reset(self):
         """Forget what is left of the chunk; call it when an episode starts."""
-        self.queue, self.language = [], None
+        self.queue, self.language, self.known = [], None, None
 
     @property
     def device(self):
@@ -147,8 +147,9 @@ class Policy(nn.Module):
                 raise ValueError(f"the observation has no {key!r}; this checkpoint reads {', '.join(keys)}")
         side = self.config.image_size
         for key in keys[:len(self.config.cameras)]:
-            if np.shape(many[0][key]) != (side, side, 3):
-                raise ValueError(f"{key} must be ({side}, {side}, 3) uint8, got {np.shape(many[0][key])}")
+            got = np.asarray(many[0][key])
+            if got.shape != (side, side, 3) or got.dtype != np.uint8:
+                raise ValueError(f"{key} must be ({side}, {side}, 3) uint8, got {got.shape} {got.dtype}")
         images = np.stack([[o[f"{c}_image"] for c in self.config.cameras] for o in many]) if self.config.cameras else None
         state = np.stack([np.concatenate([np.asarray(o[k], np.float32) for k in STATES[self.config.state]]) for o in many])
         return (torch.from_numpy(images).to(self.device) if self.config.cameras else None,
@@ -181,8 +182,8 @@ class Policy(nn.Module):
         except FileNotFoundError:
             raise ValueError(f"there is no checkpoint {path}; python train.py makes out/ckpt.pt") from None
         except Exception as error:
-            reason = str(error).strip().splitlines()
-            raise ValueError(f"{path} is not a checkpoint of this model ({reason[0] if reason else error!r})") from None
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{path} is not a checkpoint of this model ({reason})") from None
         model.step, model.extra = saved.get("step"), {k: v for k, v in saved.items() if k != "weights"}
         return model.to(device).eval()
 
@@ -201,7 +202,8 @@ class VLA(Policy):
         # 4x4 patches, then an overlapping convolution to one token per 8x8 (early convolutions: arXiv:2106.14881)
         self.stem = nn.Linear(4 * 4 * 3, 64)
         self.patch = nn.Conv2d(64, C, 3, config.patch // 4, 1)
-        self.merge = nn.Conv2d(C, C, 2, 2)                     # 2 x 2 patches to one, for the cameras in config.coarse
+        if set(config.coarse) & set(config.cameras):
+            self.merge = nn.Conv2d(C, C, 2, 2)                 # 2 x 2 patches to one
         self.view = nn.Parameter(torch.randn(len(config.cameras), C) * 0.02)
         self.vision = nn.ModuleList(Block(C, config.heads) for _ in range(config.layers))
         self.embed = nn.Embedding(1 + (len(config.words) if config.text == "word" else len(CHARS)), C)
@@ -277,7 +279,9 @@ class VLA(Policy):
     def plan(self, observations, sentences):
         """Chunks of actions (B, K, 4) float32 numpy for B observation dicts and sentences."""
         distinct = list(dict.fromkeys(sentences))
-        if getattr(self, "known", None) is None or self.known[0] != distinct:
+        if None in distinct:
+            raise ValueError("this policy needs a sentence: predict(obs, language=...)")
+        if self.known is None or self.known[0] != distinct:
             text = torch.stack([tokenize(s, self.config) for s in distinct]).to(self.device)
             self.known = distinct, self.read(text)
         images, state = self.read_obs(observations)

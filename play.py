@@ -46,12 +46,15 @@ if args.out and not args.out.resolve().parent.is_dir():
 if not args.out and sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
     fail("there is no display to open a window on; use --out rollout.gif")
 
-env = Env()
 try:
-    obs, info = env.reset(args.seed, dict(instruction=args.instruction))
+    cameras = ("front", "wrist")
     if not args.expert:
         here = Path(__file__).parent
         policy = VLA.load(args.ckpt or next((p for p in (Path("out/ckpt.pt"), here / "assets/ckpt.pt") if p.exists()), "out/ckpt.pt"))
+        cameras = policy.config.cameras or cameras
+    env = Env(cameras=cameras)
+    obs, info = env.reset(args.seed, dict(instruction=args.instruction))
+    if not args.expert:
         policy.predict(obs, info["instruction"])               # an unknown word is told here, before anything moves
         policy.reset()
 except ValueError as error:

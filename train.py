@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -87,14 +88,16 @@ ckpt_path, resume_path, log_path = (args.out_dir / n for n in ("ckpt.pt", "resum
 
 # ----------------------------------------------------------------------------- data
 def load(path, state_keys, cameras):
-    """The whole file in memory, or of its pictures those of `cameras`. Returns cameras, tensors by name with one row per frame, and the sentences of each
-    (task, block colour, pad colour) in a list; `key` and `other_key` of a frame are indices into that list."""
+    """The whole file in memory, or of its pictures those of `cameras`. Returns cameras, tensors by name with one row per
+    frame, and for every request (task, block colour, pad colour) the list of sentences that make it; `key` and
+    `other_key` of a frame are indices into that."""
     rows, at, keys = {}, 0, {}
     with h5py.File(path) as file:
         recorded = json.loads(file.attrs["env_args"])["env_kwargs"]["cameras"]
         cameras = tuple(recorded if cameras is None else cameras)
         if missing := [c for c in cameras if c not in recorded]:
             raise ValueError(f"it has no camera {missing[0]!r}, only {', '.join(recorded)}")
+        sentences = json.loads(file.attrs["sentences"])
         valid = {name.decode() for name in file["mask/valid"][:]}
         groups = [file[f"episode_{i}"] for i in range(file.attrs["total"])]
         length = [int(g.attrs["num_samples"]) for g in groups]
@@ -105,8 +108,7 @@ def load(path, state_keys, cameras):
             for v, camera in enumerate(cameras):
                 images[at:at + n, v] = observed[f"{camera}_image"][:]
             blocks, pads = a["block_colors"].split(","), a["pad_colors"].split(",")
-            index = np.array([[keys.setdefault((a["task"], b, p), (len(keys), set()))[0] for p in pads] for b in blocks])
-            keys[a["task"], blocks[a["block"]], pads[a["pad"]]][1].add(a["instruction"])
+            index = np.array([[keys.setdefault((a["task"], b, p), len(keys)) for p in pads] for b in blocks])
             pair, other = np.tile([a["block"], a["pad"]], (n, 1)), labels["other"][:].astype(np.int64)
             at += n
             for name, value in dict(
@@ -117,7 +119,8 @@ def load(path, state_keys, cameras):
                     end=np.full(n, at), valid=np.full(n, f"demo_{i}" in valid)).items():
                 rows.setdefault(name, []).append(value)
     data = {name: torch.from_numpy(np.concatenate(values)) for name, values in rows.items()}
-    return cameras, data | dict(images=torch.from_numpy(images)), [sorted(s) for _, s in keys.values()]
+    requests = [[s.format(block=block, pad=pad) for s in sentences[task]] for task, block, pad in keys]
+    return cameras, data | dict(images=torch.from_numpy(images)), requests
 
 
 def losses(frames, relabel, rng):
@@ -286,7 +289,8 @@ if args.resume and not resume_path.exists():
     fail(f"there is nothing to resume in {args.out_dir}: {resume_path} is missing")
 try:
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    log = open(log_path, "a" if args.resume else "w")
+    open(args.out_dir / "log.part", "w").close()               # can we write here? nothing is replaced yet
+    (args.out_dir / "log.part").unlink()
 except OSError as error:
     fail(f"cannot write in {args.out_dir}: {error.strerror}")
 clock = time.time()
@@ -298,7 +302,7 @@ if not args.data.exists():
         sys.exit(code)
 made = time.time() - clock
 try:
-    cameras, data, sentences = load(args.data, STATES[state_kind], chosen_cameras)
+    cameras, data, requests = load(args.data, STATES[state_kind], chosen_cameras)
 except (OSError, KeyError, ValueError) as error:
     fail(f"{args.data} cannot be used ({str(error).strip()}); delete it or give another --data")
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
@@ -310,7 +314,7 @@ print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)}
 
 torch.manual_seed(args.seed)
 config = Config(model=args.model, state=state_kind, text=args.text, execute=args.execute, cameras=cameras,
-                words=tuple(sorted({w for group in sentences for s in group for w in split(s)})),
+                words=tuple(sorted({w for group in requests for s in group for w in split(s)})),
                 max_text=16 if args.text == "word" else 96)
 if args.model == "bc":
     config.chunk = config.execute = 1
@@ -327,7 +331,7 @@ if args.model == "vla":
     goals = data["objects"][train_frames][torch.arange(len(slots))[:, None], slots].flatten(1)
     model.goal_mean.copy_(goals.mean(0))
     model.goal_std.copy_(goals.std(0) + 1e-3)
-    tokens = [torch.stack([tokenize(s, config) for s in group]) for group in sentences]
+    tokens = [torch.stack([tokenize(s, config) for s in group]) for group in requests]
 model.to(device)
 net = torch.compile(model) if args.compile else model
 optimizers = make_optimizers(model)
@@ -342,6 +346,8 @@ if args.resume:
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         first_step = saved["step"]
+        if args.steps < first_step:
+            fail(f"{resume_path} is at step {first_step} already; --steps must be more")
     except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
         fail(f"{resume_path} cannot be resumed from ({str(error).splitlines()[0]})")
 
@@ -358,33 +364,37 @@ def save(step):
 # ----------------------------------------------------------------------------- train
 print(f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {dtype}, "
       f"{torch.get_num_threads()} threads", flush=True)
+before = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= first_step] if args.resume else []
+log = open(log_path, "w")                                      # only now: no bad flag or file has cost anything
+log.writelines(line + "\n" for line in before)
+stopped = []                                                   # Ctrl-C is heeded between steps
+signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
 held_out = torch.from_numpy(np.random.default_rng(0).choice(valid_frames, min(512, len(valid_frames)), replace=False))
 began, measured = time.time(), first_step
 bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
-try:
-    for step in range(first_step, args.steps):
-        loss = train_step(step)
-        bar.update()
-        done = step + 1
-        if done % args.log_interval == 0 or done == args.steps:
-            ms = (time.time() - began) / (done - measured) * 1e3
-            with torch.no_grad():
-                valid = losses(held_out, min(args.relabel, len(held_out)), np.random.default_rng(0))
-            line = dict(step=done, loss=loss.item(), val_loss=valid["action"].item(), lr=rate(step) * args.lr,
-                        ms_per_step=ms, samples_per_s=args.batch_size / ms * 1e3,
-                        **{f"val_{k}": v.item() for k, v in valid.items() if k != "action"})
-            print(json.dumps(line), file=log, flush=True)
-            left = (args.steps - done) * ms / 60e3
-            bar.write(f"step {done:5d}  loss {line['loss']:.4f}  validation " + "  ".join(
-                f"{k} {v.item():.4f}" for k, v in valid.items()) + f"  {ms:.0f} ms/step  {left:.1f} min left", sys.stdout)
-            sys.stdout.flush()
-            began, measured = time.time(), done
-        if args.eval_interval and done % args.eval_interval == 0 and done < args.steps:
-            save(done)
-except KeyboardInterrupt:
-    save(step)
-    print(f"stopped after {step} steps; the same command with --resume carries on", file=sys.stderr)
-    sys.exit(130)
+for step in range(first_step, args.steps):
+    loss = train_step(step)
+    bar.update()
+    done = step + 1
+    if done % args.log_interval == 0 or done == args.steps:
+        ms = (time.time() - began) / (done - measured) * 1e3
+        with torch.no_grad():
+            valid = losses(held_out, min(args.relabel, len(held_out)), np.random.default_rng(0))
+        line = dict(step=done, loss=loss.item(), val_loss=valid["action"].item(), lr=rate(step) * args.lr,
+                    ms_per_step=ms, samples_per_s=args.batch_size / ms * 1e3,
+                    **{f"val_{k}": v.item() for k, v in valid.items() if k != "action"})
+        print(json.dumps(line), file=log, flush=True)
+        left = (args.steps - done) * ms / 60e3
+        bar.write(f"step {done:5d}  loss {line['loss']:.4f}  validation " + "  ".join(
+            f"{k} {v.item():.4f}" for k, v in valid.items()) + f"  {ms:.0f} ms/step  {left:.1f} min left", sys.stdout)
+        sys.stdout.flush()
+        began, measured = time.time(), done
+    if args.eval_interval and done % args.eval_interval == 0 and done < args.steps:
+        save(done)
+    if stopped and done < args.steps:
+        save(done)
+        print(f"stopped after {done} steps; the same command with --resume carries on", file=sys.stderr)
+        sys.exit(130)
 bar.close()
 save(args.steps)
 log.close()
