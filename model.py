@@ -304,3 +304,30 @@ class BC(Policy):
     @torch.inference_mode()
     def plan(self, observations, sentences):
         return self(self.read_obs(observations)[1]).cpu().numpy()
+
+
+if __name__ == "__main__":
+    # the architecture as a table: what goes through, its size, what it costs for one look
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = VLA(Config(words=tuple(f"word{i}" for i in range(30)))).eval()
+    config, shapes, work = model.config, {}, {}
+    parts = dict(stem=(model.stem, model.patch, model.merge), vision=model.vision, text=(model.embed, *model.text),
+                 state=(model.state,), fusion=model.fusion, goal=(model.goal,), head=(model.head,))
+    images = torch.zeros(1, len(config.cameras), config.image_size, config.image_size, 3, dtype=torch.uint8)
+    for name, modules in parts.items():
+        list(modules)[-1].register_forward_hook(lambda m, i, o, name=name: shapes.__setitem__(
+            name, tuple((o[0] if isinstance(o, tuple) else o).shape)))
+    with torch.no_grad(), FlopCounterMode(display=False, depth=2) as counter:
+        model(images, torch.zeros(1, config.state_size), torch.zeros(1, config.max_text, dtype=torch.long))
+    flops = {name.removeprefix("VLA."): sum(f.values()) for name, f in counter.get_flop_counts().items()}
+    total = flops["Global"]
+    print(f"{'component':10}{'output':>20}{'parameters':>12}{'multiply-adds':>15}{'share':>8}")
+    for name, modules in parts.items():
+        own = [n for n, m in model.named_modules() if any(m is x for x in modules)]
+        work[name] = sum(flops.get(n, 0) for n in own)
+        print(f"{name:10}{str(shapes[name]):>20}{sum(p.numel() for m in modules for p in m.parameters()):12,}"
+              f"{work[name] // 2:15,}{work[name] / total:8.1%}")
+    rest = total - sum(work.values())
+    print(f"{'keys':10}{'':>20}{'(fusion)':>12}{rest // 2:15,}{rest / total:8.1%}")
+    print(f"{'all':10}{'':>20}{sum(p.numel() for p in model.parameters()):12,}{total // 2:15,}{1:8.1%}")

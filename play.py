@@ -1,32 +1,41 @@
-"""Watch the policy obey a sentence.
+"""Watch the policy obey sentences.
 
     python play.py --instruction "pick up the blue block and place it at the red target" --seed 3 --out rollout.gif
-    python play.py --seed 3                     # with a display: MuJoCo's viewer, in real time
+    python play.py --seed 3,4,5,6 --out grid.gif           # several scenes side by side, each with its own sentence
+    python play.py --seed 3 --out sheet.png --attention    # a contact sheet, with where the policy looks
+    python play.py                                         # type sentences; with a display, in MuJoCo's viewer
 
-Without --instruction the scene's own sentence is used. The GIF shows the room through the same ray caster that the
-policy sees with, and at the right the two 64x64 pictures that are all it gets to see.
+Pictures show the room through the same ray caster that the policy sees with, and beside it the two 64x64 pictures that
+are all it gets to see. With --attention those two carry the attention of the CLS token in the last layer: red where
+head 0 looks for the block, green where head 1 looks for the pad.
 """
 import argparse
 import os
+import queue
+import shutil
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import mujoco
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from gen_data import CONTROL_HZ, MAX_STEPS, Env, RayCamera, expert
-from model import VLA
+from model import VLA, tokenize
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 add = parser.add_argument
 add("--ckpt", type=Path, default=None, help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
 add("--instruction", default=None, help="what to do, naming a block and a target of the scene (default: the scene's own)")
-add("--seed", type=int, default=0, help="scene seed (default 0)")
+add("--seed", default="0", help="scene seed, or a comma list of them for a grid (default 0)")
 add("--expert", action="store_true", help="play the scripted expert instead of a checkpoint")
-add("--out", type=Path, default=None, help="write a .gif here instead of opening the viewer")
-add("--size", type=int, default=384, help="height of the picture in px (default 384)")
+add("--attention", action="store_true", help="show where the policy looks")
+add("--out", type=Path, default=None, help="write a .gif, .mp4 or .png (contact sheet) here instead of asking for sentences")
+add("--size", type=int, default=None, help="height of a scene's picture in px (default 384; 256 in a grid)")
 args = parser.parse_args()
 
 
@@ -35,86 +44,228 @@ def fail(message):
     sys.exit(2)
 
 
-if args.seed < 0:
-    fail(f"--seed must not be negative, got {args.seed}")
-if not 128 <= args.size <= 2048:
-    fail(f"--size must be from 128 to 2048 px, not {args.size}")
-if args.out and args.out.suffix != ".gif":
-    fail(f"--out must end in .gif, got {args.out}")
-if args.out and not args.out.resolve().parent.is_dir():
-    fail(f"there is no folder {args.out.parent} to write {args.out.name} in")
-if not args.out and sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-    fail("there is no display to open a window on; use --out rollout.gif")
-
 try:
-    cameras = ("front", "wrist")
-    if not args.expert:
-        here = Path(__file__).parent
-        policy = VLA.load(args.ckpt or next((p for p in (Path("out/ckpt.pt"), here / "assets/ckpt.pt") if p.exists()), "out/ckpt.pt"))
-        cameras = policy.config.cameras or cameras
-    env = Env(cameras=cameras)
-    obs, info = env.reset(args.seed, dict(instruction=args.instruction))
-    if not args.expert:
-        policy.predict(obs, info["instruction"])               # an unknown word is told here, before anything moves
-        policy.reset()
-except ValueError as error:
-    fail(error)
+    seeds = [int(s) for s in args.seed.split(",")]
+except ValueError:
+    fail(f"--seed wants a number or a comma list of them, got {args.seed!r}")
+size = args.size or (384 if len(seeds) == 1 else 256)
+if min(seeds) < 0:
+    fail(f"--seed must not be negative, got {min(seeds)}")
+if not 128 <= size <= 2048:
+    fail(f"--size must be from 128 to 2048 px, not {size}")
+if args.attention and args.expert:
+    fail("--attention shows a policy's attention; the expert has none")
+if args.out:
+    if args.out.suffix not in (".gif", ".mp4", ".png"):
+        fail(f"--out must end in .gif, .mp4 or .png, got {args.out}")
+    if not args.out.resolve().parent.is_dir():
+        fail(f"there is no folder {args.out.parent} to write {args.out.name} in")
+    if args.out.suffix == ".mp4" and not shutil.which("ffmpeg"):
+        fail("an .mp4 needs the program ffmpeg, which is not on the PATH; install it or write a .gif")
+has_display = not sys.platform.startswith("linux") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+font = ImageFont.load_default(15 if size >= 384 else 11)
 
 
-def act():
-    return expert(env) if args.expert else policy.predict(obs, info["instruction"])
+def load_policy():
+    here = Path(__file__).parent
+    found = [p for p in (Path("out/ckpt.pt"), here / "assets/ckpt.pt") if p.exists()]
+    policy = VLA.load(args.ckpt or (found or [Path("out/ckpt.pt")])[0])
+    if args.attention and policy.config.model != "vla":
+        raise ValueError("--attention needs a checkpoint that looks at pictures, and this one is a bc")
+    return policy
 
 
-def outcome():
-    if info["success"]:
-        return f"done in {env.steps / CONTROL_HZ:.1f} s"
-    return f"failed: not done in {MAX_STEPS / CONTROL_HZ:.0f} s" if env.steps >= MAX_STEPS else f"{env.steps / CONTROL_HZ:.1f} s"
+class Scene:
+    """One room, one policy, one sentence at a time."""
+
+    def __init__(self, seed, instruction=None):
+        self.policy = None if args.expert else load_policy()
+        self.env = Env(cameras=self.policy and self.policy.config.cameras or ("front", "wrist"))
+        self.camera = RayCamera(self.env.model, "front", size)
+        self.reset(seed, instruction)
+
+    def reset(self, seed, instruction=None):
+        self.seed, self.done = seed, False
+        self.obs, self.info = self.env.reset(seed, dict(instruction=instruction))
+        if self.policy:
+            self.policy.predict(self.obs, self.info["instruction"])      # an unknown word is told before anything moves
+            self.policy.reset()
+
+    def tell(self, sentence):
+        """A new sentence, obeyed from the next step on; ValueError if it cannot be."""
+        if self.policy:
+            self.policy.predict(self.obs, sentence)
+            self.policy.reset()
+        self.env.set_instruction(sentence)
+        self.obs, self.info, self.done = self.env.observe(), self.env._info(), False
+
+    def step(self):
+        if not self.done:
+            action = self.policy.predict(self.obs, self.info["instruction"]) if self.policy else expert(self.env)
+            self.obs, _, success, truncated, self.info = self.env.step(action)
+            self.done = success or truncated
+
+    def outcome(self):
+        seconds = f"{self.env.steps / CONTROL_HZ:.1f} s"
+        return f"done in {seconds}" if self.info["success"] else f"failed: not done in {seconds}" if self.done else seconds
+
+    @torch.inference_mode()
+    def looks(self):
+        """Attention (V, side, side, 2) of the CLS token on each view's patches, for block and pad, 0..1."""
+        images, state = self.policy.read_obs(self.obs)
+        text = tokenize(self.info["instruction"], self.policy.config)
+        attention = self.policy(images, state, text[None])[2][0, :2].exp()           # (2, P)
+        views = attention.split([s * s for s in self.policy.sides], 1)
+        return [(v / attention.amax(1, keepdim=True)).T.unflatten(0, (s, s)).numpy() for v, s in zip(views, self.policy.sides)]
+
+    def picture(self):
+        """One frame: the room, what the policy sees beside it, the sentence and the outcome under it."""
+        side, line = size // 2, font.size + 6
+        sheet = Image.new("RGB", (size + side, size + 2 * line + 6), "white")
+        sheet.paste(Image.fromarray(self.camera.render(self.env.data)), (0, 0))
+        looks = self.looks() if args.attention else None
+        for i, name in enumerate(self.env.cameras):
+            small = self.obs[f"{name}_image"]
+            if looks:
+                heat = looks[i].repeat(64 // len(looks[i]), 0).repeat(64 // len(looks[i]), 1)
+                tint = np.stack([heat[..., 0], heat[..., 1], 0 * heat[..., 0]], -1)
+                small = (0.35 * small + 0.65 * 255 * tint).astype(np.uint8)
+            sheet.paste(Image.fromarray(small).resize((side, side), Image.NEAREST), (size, i * side))
+        draw = ImageDraw.Draw(sheet)
+        draw.text((6, size + 3), self.info["instruction"], "black", font)
+        draw.text((6, size + 3 + line), self.outcome(), "darkgreen" if self.info["success"] else "dimgray", font)
+        return sheet
 
 
-def picture(camera, font):
-    """One frame: the scene, what the policy sees beside it, the sentence and the outcome under it."""
-    side = args.size // 2
-    sheet = Image.new("RGB", (args.size + side, args.size + 48), "white")
-    sheet.paste(Image.fromarray(camera.render(env.data)), (0, 0))
-    for i, name in enumerate(env.cameras):
-        sheet.paste(Image.fromarray(obs[f"{name}_image"]).resize((side, side), Image.NEAREST), (args.size, i * side))
-    draw = ImageDraw.Draw(sheet)
-    draw.text((6, args.size + 4), info["instruction"], "black", font)
-    draw.text((6, args.size + 25), outcome(), "darkgreen" if info["success"] else "dimgray", font)
+def tile(pictures, columns):
+    """Pictures of one size on a sheet, row by row."""
+    w, h = pictures[0].size
+    sheet = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white")
+    for i, p in enumerate(pictures):
+        sheet.paste(p, (i % columns * w, i // columns * h))
     return sheet
 
 
-if args.out:
-    camera = RayCamera(env.model, "front", args.size)
-    words = ImageFont.load_default(15 if args.size >= 256 else 10)
-    frames = [picture(camera, words)]
-    success = truncated = False
-    while not (success or truncated):
-        obs, _, success, truncated, info = env.step(act())
-        frames.append(picture(camera, words))
-    # one palette for all frames, else the colours flicker
-    palette = frames[len(frames) // 2].quantize(128, dither=Image.Dither.NONE)
-    frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+def record(scenes, path):
+    """Plays the scenes to their ends and writes what happened to a .gif, .mp4 or .png."""
+    columns = int(np.ceil(len(scenes) ** 0.5))
+    frames = [tile([s.picture() for s in scenes], columns)]
+    while not all(s.done for s in scenes):
+        for s in scenes:
+            s.step()
+        frames.append(tile([s.picture() for s in scenes], columns))
     try:
-        frames[0].save(args.out, save_all=True, append_images=frames[1:], loop=0,
-                       duration=[1000 // CONTROL_HZ] * (len(frames) - 1) + [1500])
-    except OSError as error:
-        fail(f"cannot write {args.out}: {error.strerror}")
-    print(f"{info['instruction']!r}, scene {args.seed}: {outcome()}; {args.out}, {args.out.stat().st_size / 1e6:.1f} MB")
-else:
-    import mujoco.viewer                                       # needs a window system; on macOS run with mjpython
+        if path.suffix == ".png":
+            tile([frames[i] for i in np.linspace(0, len(frames) - 1, 8).round().astype(int)], 4).save(path)
+        elif path.suffix == ".mp4":
+            w, h = (x // 2 * 2 for x in frames[0].size)        # the codec wants even sides
+            command = f"ffmpeg -y -loglevel error -f rawvideo -pix_fmt rgb24 -s {w}x{h} -r {CONTROL_HZ} -i - -pix_fmt yuv420p"
+            subprocess.run([*command.split(), str(path)], check=True, input=b"".join(f.crop((0, 0, w, h)).tobytes() for f in frames))
+        else:
+            frames = frames[::2] if len(scenes) > 1 else frames
+            palette = frames[len(frames) // 2].quantize(96, dither=Image.Dither.NONE)    # one for all: no flicker
+            frames = [f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+            tick = 1000 // CONTROL_HZ * (2 if len(scenes) > 1 else 1)
+            frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=[tick] * (len(frames) - 1) + [1500])
+    except (OSError, subprocess.CalledProcessError) as error:
+        fail(f"cannot write {path}: {error}")
+    for s in scenes:
+        print(f"{s.info['instruction']!r}, scene {s.seed}: {s.outcome()}")
+    print(f"{path}, {path.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+HELP = """type a sentence, such as: pick up the {block} block and place it at the {pad} target
+or: reset (the scene again), seed N (another scene), help, quit"""
+
+
+def command(scene, line):
+    """Obeys a line typed at the prompt. Returns False to quit, True if there is a new sentence to play, else None."""
+    word, *rest = line.split() or [""]
+    try:
+        if word in ("quit", "exit"):
+            return False
+        if word == "reset" or word == "seed" and rest and rest[0].isdigit():
+            scene.reset(int(rest[0]) if rest else scene.seed)
+            scene.done = True                                  # wait for a sentence
+            print(f"scene {scene.seed}: blocks {', '.join(scene.env.block_colors)}; targets {', '.join(scene.env.pad_colors)}")
+        elif word in ("help", "seed", ""):
+            print(HELP.format(block=scene.env.block_colors[0], pad=scene.env.pad_colors[0]))
+        else:
+            scene.tell(line)
+            return True
+    except ValueError as error:
+        print(error)
+
+
+def prompt_without_window(scene):
+    """Each sentence typed writes its GIF."""
+    print("no display: each sentence writes a GIF to out/ (a window opens where DISPLAY is set)")
+    Path("out").mkdir(exist_ok=True)
+    command(scene, f"seed {scene.seed}")
+    command(scene, "help")
+    for n in range(10**6):
+        try:
+            answer = command(scene, input("> "))
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if answer is False:
+            return
+        if answer:
+            record([scene], Path(f"out/play_{n:03d}.gif"))
+
+
+def live(scene):
+    """MuJoCo's viewer in real time; sentences typed in the terminal are obeyed at once."""
+    import mujoco.viewer                                       # needs a window system
+    env, lines = scene.env, queue.Queue()
     try:
         window = mujoco.viewer.launch_passive(env.model, env.data)
     except RuntimeError as error:
         fail(f"the viewer did not open ({error}); on macOS start this with mjpython, or use --out rollout.gif")
-    with window:
-        print(f"{info['instruction']!r}; close the window to end")
-        success = truncated = False
+
+    def read():
+        try:
+            while True:
+                lines.put(input())
+        except EOFError:
+            pass                                               # end of input: the window stays until it is closed
+
+    threading.Thread(target=read, daemon=True).start()
+    print(f"{scene.info['instruction']!r}; type another sentence at any moment, or help; close the window to end")
+    steps, begun, told = 0, time.perf_counter(), False
+    try:
         while window.is_running():
             tick = time.perf_counter()
-            if not (success or truncated):
-                obs, _, success, truncated, info = env.step(act())
-                if success or truncated:
-                    print(outcome())
+            while not lines.empty():
+                if command(scene, lines.get()) is False:
+                    window.close()
+                    return
+                told = False
+            with window.lock():
+                env.data.xfrc_applied[:] = 0
+                mujoco.mjv_applyPerturbForce(env.model, env.data, window.perturb)     # blocks dragged with the mouse
+                if scene.done:
+                    mujoco.mj_step(env.model, env.data, 10)
+                scene.step()
+            if scene.done and scene.env.steps and not told:
+                print(scene.outcome())
+                told = True
             window.sync()
+            steps += 1
             time.sleep(max(0, 1 / CONTROL_HZ - (time.perf_counter() - tick)))
+    except KeyboardInterrupt:
+        pass
+    print(f"{steps / (time.perf_counter() - begun):.1f} control steps a second")
+
+
+try:
+    scenes = [Scene(seed, args.instruction) for seed in (seeds if args.out else seeds[:1])]
+except ValueError as error:
+    fail(error)
+if args.out:
+    record(scenes, args.out)
+elif has_display:
+    live(scenes[0])
+else:
+    prompt_without_window(scenes[0])

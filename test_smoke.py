@@ -375,6 +375,24 @@ def test_play_writes_a_gif(trained, tmp_path):
         assert gif.n_frames > 5 and min(gif.size) >= 256 and "scene 3" in out
 
 
+def test_play_shows_several_scenes_and_attention(trained, tmp_path):
+    out = run(f"play.py --ckpt {trained}/out/ckpt.pt --seed 0,1 --size 128 --attention --out a.png", tmp_path)
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.width == 4 * 2 * (128 + 64) and "scene 0" in out and "scene 1" in out
+
+
+def test_play_asks_for_sentences_without_a_display(trained, tmp_path):
+    """An unknown word, a block that is not there and another scene on the way; end of input ends it."""
+    env = Env(cameras=())
+    env.reset(0)
+    absent = next(c for c in COLORS if c not in env.block_colors)
+    done = subprocess.run([sys.executable, ROOT / "play.py", "--ckpt", trained / "out/ckpt.pt", "--seed", "0", "--size", "128"],
+                          cwd=tmp_path, text=True, capture_output=True, input=f"hello there\npick the {absent} block and put it on "
+                          f"the {env.pad_colors[0]} target\nseed 7\nhelp\nreset\n")
+    assert done.returncode == 0 and "Traceback" not in done.stderr and not list(tmp_path.glob("out/*"))
+    assert "does not know the word 'hello'" in done.stdout and f"no {absent} block" in done.stdout and "scene 7" in done.stdout
+
+
 def test_bc_trains_on_data_that_it_makes(tmp_path):
     out = run("train.py --model bc --data new/demos.h5 --episodes 6 --steps 30 --log_interval 15 --eval_interval 30 "
               "--eval_episodes 1 --out_dir bc", tmp_path)
@@ -427,7 +445,8 @@ def hostile(trained):
     ("eval.py --ckpt out/ckpt.pt --episodes 1 --out out", "cannot write"),
     ("play.py --ckpt missing.pt --out a.gif", "no checkpoint missing.pt"),
     ("play.py --ckpt demos.h5 --out a.gif", "not a checkpoint"),
-    ("play.py --ckpt out/ckpt.pt", "no display"),
+    ("play.py --ckpt out/ckpt.pt --out a.bmp", ".gif, .mp4 or .png"),
+    ("play.py --ckpt out/ckpt.pt --out a.gif --seed three", "'three'"),
     ("play.py --ckpt out/ckpt.pt --out text/a.gif", "text"),
     ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'lift the orange block to the {pad} target'", "names 1 colour"),
     ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'put the {absent} block on the {pad} target'", "no {absent} block"),
