@@ -220,9 +220,11 @@ def live(scene):
     import mujoco.viewer                                       # needs a window system
     env, lines = scene.env, queue.Queue()
     try:
-        window = mujoco.viewer.launch_passive(env.model, env.data)
+        window = mujoco.viewer.launch_passive(env.model, env.data, show_left_ui=False, show_right_ui=False)
     except RuntimeError as error:
         fail(f"the viewer did not open ({error}); on macOS start this with mjpython, or use --out rollout.gif")
+
+    window.cam.lookat[:], window.cam.distance, window.cam.azimuth, window.cam.elevation = (0.42, 0, 0.15), 1.5, 155, -28
 
     def read():
         try:
@@ -239,8 +241,7 @@ def live(scene):
             tick = time.perf_counter()
             while not lines.empty():
                 if command(scene, lines.get()) is False:
-                    window.close()
-                    return
+                    raise KeyboardInterrupt                    # quit
                 told = False
             with window.lock():
                 env.data.xfrc_applied[:] = 0
@@ -256,6 +257,8 @@ def live(scene):
             time.sleep(max(0, 1 / CONTROL_HZ - (time.perf_counter() - tick)))
     except KeyboardInterrupt:
         pass
+    window.close()
+    time.sleep(0.5)                                            # its thread crashes if the program ends before it
     print(f"{steps / (time.perf_counter() - begun):.1f} control steps a second")
 
 
