@@ -10,6 +10,7 @@ blind and deaf, and obeys the swapped sentence.
 """
 import argparse
 import json
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import gen_data
-from gen_data import MAX_STEPS, SUCCESS_STEPS, TASKS, TEST_SEED, Env, expert, make_instruction
+from gen_data import MAX_STEPS, N_BLOCKS, N_PADS, SUCCESS_STEPS, TASKS, TEST_SEED, Env, expert, make_instruction
 from model import VLA
 
 # ----------------------------------------------------------------------------- settings
@@ -39,15 +40,12 @@ add("--width", type=int, default=50, help="scenes played side by side (default 5
 add("--out", type=Path, default=None, help="write results here as JSON, and one line per episode beside it (.jsonl)")
 add("--latency", action="store_true", help="also time predict() on one core")
 args = parser.parse_args()
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 
 def fail(message):
     print(f"eval.py: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def default_checkpoint():
-    return next((p for p in ("out/ckpt.pt", Path(__file__).parent / "assets/ckpt.pt") if Path(p).exists()), "out/ckpt.pt")
 
 
 tasks, policies = args.tasks.split(","), args.policies.split(",")
@@ -62,7 +60,7 @@ if args.seed < 0:
 models = []
 if "policy" in policies:
     try:
-        models = [VLA.load(path) for path in str(args.ckpt or default_checkpoint()).split(",")]
+        models = [VLA.load(path) for path in (args.ckpt.split(",") if args.ckpt else [None])]
     except ValueError as error:
         fail(error)
     for model in models:
@@ -73,7 +71,7 @@ if args.out:
         if args.out.is_dir() or args.out.suffix != ".json":
             fail(f"cannot write {args.out}: --out is a file name that ends in .json")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        episode_file = open(args.out.with_suffix(".jsonl"), "w")
+        episode_file = open(args.out.with_suffix(".jsonl.part"), "w")
     except OSError as error:
         fail(f"cannot write {args.out}: {error.strerror}")
 
@@ -153,7 +151,7 @@ def evaluate(name, policy, control):
     low, high = wilson(k, n)
     reward, steps = [r["reward"] for r in results], [r["steps"] for r in results]
     failed = [r for r in results if not r["success"]]
-    row = dict(policy=name, control=control or "none", task=args.tasks, split="seen", k=k, n=n, low=low, high=high,
+    row = dict(policy=name, control=control or "none", task=args.tasks, split="reporting" if args.seed >= TEST_SEED else "choosing", k=k, n=n, low=low, high=high,
                reward=float(np.mean(reward)), reward_sd=float(np.std(reward)), steps=float(np.mean(steps)),
                steps_sd=float(np.std(steps)), violations=int(sum(r["violations"] for r in results)),
                diverged=sum(r["diverged"] for r in results), original=sum(r["original_success"] for r in results),
@@ -173,8 +171,8 @@ def evaluate(name, policy, control):
 
 
 # ----------------------------------------------------------------------------- the table
-print(f"{args.episodes} scenes from seed {args.seed}; success [95% Wilson interval]; 6 answers are possible in a scene: "
-      f"chance {100 / 6:.1f}%")
+print(f"{args.episodes} scenes from seed {args.seed}; success [95% Wilson interval]; chance, one of "
+      f"{N_BLOCKS * N_PADS} possible answers, is {100 / N_BLOCKS / N_PADS:.1f}%")
 rows = []
 for name in policies:
     if name != "policy":
@@ -185,21 +183,25 @@ for model in models:
             rows.append(evaluate(model.config.model, model, control))
         except ValueError as error:                            # other words, cameras or states than this world's
             fail(error)
+fingerprint = dict(torch=torch.__version__, mujoco=mujoco.__version__, numpy=np.__version__, seed=args.seed,
+                   threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 if args.latency:
     torch.set_num_threads(1)
-    for model in models:
-        env = Env(tasks, model.config.cameras)
+    for model, row in zip(models, [r for r in rows if r["policy"] in ("vla", "bc") and r["control"] == "none"]):
+        env, execute = Env(tasks, model.config.cameras), model.config.execute
         obs, info = env.reset(args.seed)
         model.reset()
         times = []
-        for _ in range(50 * model.config.execute):
+        for _ in range(50 * execute):
             begin = time.perf_counter()
             model.predict(obs, info["instruction"])
             times.append((time.perf_counter() - begin) * 1e3)
-        looks = np.array(times).reshape(-1, model.config.execute)[2:]
-        print(f"{model.config.model} predict on one core: fresh look p50 {np.median(looks[:, 0]):.2f} ms, p95 "
-              f"{np.percentile(looks[:, 0], 95):.2f} ms; averaged over a chunk of {model.config.execute} {looks.mean():.2f} ms")
+        times = np.array(times).reshape(-1, execute)[2:]       # ms; a row is a look and what is taken from its chunk
+        kinds = {"fresh look": times[:, 0], "from the chunk": times[:, 1:], "averaged over a chunk": times.mean(1)}
+        row["latency_ms"] = {k: np.percentile(v, (50, 95)).tolist() for k, v in kinds.items() if v.size}
+        print(f"{model.config.model} predict on one core, p50 and p95: " + ", ".join(
+            f"{k} {p50:.2f} and {p95:.2f} ms" for k, (p50, p95) in row["latency_ms"].items()))
 if args.out:
-    fingerprint = dict(torch=torch.__version__, mujoco=mujoco.__version__, numpy=np.__version__, seed=args.seed,
-                       threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
+    episode_file.close()
+    Path(episode_file.name).replace(args.out.with_suffix(".jsonl"))
     args.out.write_text(json.dumps(dict(rows=rows, fingerprint=fingerprint), indent=1))

@@ -20,7 +20,8 @@ import sys
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
 from threading import Thread
 
@@ -124,7 +125,6 @@ def scene_xml(n_blocks=N_BLOCKS, n_pads=N_PADS):
     return f"""<mujoco model="picovla">
   <compiler angle="radian" autolimits="true"/>
   <option timestep="{PHYSICS_DT}" integrator="implicitfast" iterations="20"/>
-  <visual><global offwidth="960" offheight="960"/></visual>
   <default>
     <geom contype="0" conaffinity="0" group="2"/>
     <default class="link"><geom group="1" rgba=".80 .82 .85 1"/></default>
@@ -234,6 +234,7 @@ class Env:
     fingertips; ee_vel (3,) m/s; gripper (1,) m between the fingers; object_pos and target_pos (3,) m: the
     instructed block and its pad, which give the answer away. All but images float32.
     Action: (4,) [dx, dy, dz, gripper] in [-1, 1]; 1 is 3 cm a step; gripper > 0 opens, otherwise it closes.
+    info["violations"] counts what was clipped: to [-1, 1], to the workspace, to the joints' ranges.
     """
 
     def __init__(self, tasks=("pick_place",), cameras=("front", "wrist"), n_blocks=N_BLOCKS, n_pads=N_PADS):
@@ -291,6 +292,8 @@ class Env:
         d.qpos[[self.fadr, self.fadr + 1]] = d.ctrl[self.grip] = GRIPPER_OPEN
         self._refresh(moved=False)
         self.task = options.get("task") or self.tasks[rng.integers(len(self.tasks))]
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r} is not one of {', '.join(TASKS)}")
         text = options.get("instruction")
         if text is None:
             block, pad = self.valid_pairs()[rng.integers(len(self.valid_pairs()))]
@@ -321,7 +324,7 @@ class Env:
         return [(b, p) for p in range(self.n_pads) if not taken[:, p].any() for b in range(self.n_blocks)]
 
     def set_instruction(self, text):
-        """The sentence to be obeyed from now on. Raises ValueError, in one sentence, for one that cannot be."""
+        """The sentence to be obeyed from now on; restarts the clock. Raises ValueError, in one sentence, for one that cannot be."""
         slots = parse_instruction(text)
         for kind, have in (("block", self.block_colors), ("pad", self.pad_colors)):
             if slots[kind] not in have:
@@ -384,9 +387,8 @@ class Env:
         self.opening = d.qpos[self.fadr] + d.qpos[self.fadr + 1]
         self.block_pos = d.xpos[self.block_body]
         self.pad_pos = d.xpos[self.pad_body]
-        pairs = d.contact.geom.tolist()
         touching = [set(), set()]                              # blocks at the left and the right finger
-        for a, b in pairs:
+        for a, b in d.contact.geom.tolist():
             for side, finger in enumerate(self.fingers):
                 if finger in (a, b) and (other := b if a == finger else a) in self.block_of:
                     touching[side].add(self.block_of[other])
@@ -491,7 +493,7 @@ def _free_spot(env, load):
 NOISE = 0.12                           # standard deviation of the white noise on the executed motion
 PUSH = 0.03                            # probability a step of a push: 3 to 7 steps of a random direction at 0.8
 DROP = 0.004                           # probability a step of the gripper doing the opposite for 3 steps
-INTERRUPT = 0.6                        # share of sentences that are interrupted by another, after 4 to 60 steps
+INTERRUPT = 0.6                        # share of sentences that are interrupted by another, after 4 to 59 steps
 SENTENCES = 3                          # at most, per scene
 
 
@@ -591,6 +593,8 @@ def play_scene(seed, env=None):
 def write_episode(file, index, attrs, arrays):
     """Appends one episode.
 
+    attrs: schema, total, seed, tasks, control_hz, sentences (JSON {task: patterns}), env_args (JSON, with the cameras),
+        versions, git_commit, settings, scenes_done, dropped (JSON), complete (written last)
     episode_0/                           T control steps
         attrs: instruction, task, num_samples, success, interrupted, scene_seed, sentence (0, 1, 2: how many came
             before it in this scene), block_colors, pad_colors ("red,blue,.."), block, pad (index of the instructed)
@@ -622,8 +626,7 @@ def write_episode(file, index, attrs, arrays):
             group[("grounding/" if side else "observations/") + key] = value
     group["obs"] = h5py.SoftLink(f"/episode_{index}/observations")
     file[f"data/demo_{index}"] = h5py.SoftLink(f"/episode_{index}")
-    for key, value in attrs.items():
-        group.attrs[key] = value
+    group.attrs.update(attrs)
 
 
 def fail(message):
@@ -639,37 +642,43 @@ def generate(out, episodes, seed, tasks, cameras, workers):
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = h5py.File(part, "a")
-    except OSError as error:
-        fail(f"cannot write {part} ({str(error).splitlines()[0]}); choose another --out or delete that file")
-    if file.attrs.get("settings", settings) != settings:
-        fail(f"{part} was begun with other settings ({file.attrs['settings']}); finish it with those or delete it")
-    written, scene = int(file.attrs.get("total", 0)), int(file.attrs.get("scenes_done", 0))
-    dropped = json.loads(file.attrs.get("dropped", "{}"))
+        begun_with = file.attrs.get("settings", settings)
+        written, scene = int(file.attrs.get("total", 0)), int(file.attrs.get("scenes_done", 0))
+        dropped = json.loads(file.attrs.get("dropped", "{}"))
+        for name in [f"episode_{written + i}" for i in range(SENTENCES)]:    # cut off in the middle of a scene
+            for path in (name, name.replace("episode_", "data/demo_")):
+                if file.get(path, getlink=True) is not None:
+                    del file[path]
+        file.attrs["settings"] = begun_with
+        file.flush()                                           # from here on a killed run can be carried on
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        fail(f"cannot write {part} ({str(error).splitlines()[0]}); is another run writing it? If not, delete it or choose "
+             "another --out")
+    if begun_with != settings:
+        fail(f"{part} was begun with other settings ({begun_with}); finish it with those or delete it")
     if written > episodes:
         fail(f"{part} holds {written} episodes already; ask for at least as many, or delete it")
-    for name in [f"episode_{written + i}" for i in range(SENTENCES)]:    # cut off in the middle of a scene
-        for path in (name, name.replace("episode_", "data/demo_")):
-            if file.get(path, getlink=True) is not None:
-                del file[path]
     if written:
         print(f"carrying on from {written} episodes in {part}")
-    file.attrs["settings"] = settings
     start, begun, frames = time.time(), written, 0
     base = DEMO_SEED + 100_000 * seed
 
     def seeds_done(pool):
         """Scenes in order, a few in flight per worker: the file's content does not depend on their number."""
+        todo = iter(range(base + scene, base + 100_000))
         if pool is None:
             start_worker(kwargs)
-            for i in range(scene, 100_000):
-                yield play_scene(base + i)
-        waiting = [pool.submit(play_scene, base + i) for i in range(scene, scene + 4 * workers)]
-        for i in range(scene + 4 * workers, 100_000):
+            yield from map(play_scene, todo)
+            return
+        waiting = [pool.submit(play_scene, seed) for seed in islice(todo, 4 * workers)]
+        signal.signal(signal.SIGINT, stop)
+        while waiting:
             yield waiting.pop(0).result()
-            waiting.append(pool.submit(play_scene, base + i))
+            waiting += [pool.submit(play_scene, seed) for seed in islice(todo, 1)]
 
     stopped = []                                               # Ctrl-C is heeded between scenes: the file stays whole
-    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+    stop = lambda *_: stopped.append(True)
+    signal.signal(signal.SIGINT, stop if workers == 1 else signal.SIG_IGN)     # workers inherit it as they start
     pool = None
     if workers > 1:
         pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), initializer=start_worker, initargs=(kwargs,))
@@ -686,6 +695,8 @@ def generate(out, episodes, seed, tasks, cameras, workers):
             file.flush()
             if written == episodes or stopped:
                 break
+    except (OSError, BrokenProcessPool) as error:
+        fail(f"stopped with {written} episodes in {part} ({error}); the same command carries on from there")
     finally:
         bar.close()
         if pool:
@@ -700,36 +711,32 @@ def generate(out, episodes, seed, tasks, cameras, workers):
         if f"mask/{name}" in file:
             del file[f"mask/{name}"]
         file[f"mask/{name}"] = np.array([f"demo_{i}" for i, s in scenes.items() if chosen(s)], "S16")
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, text=True,
-                                capture_output=True).stdout.strip()
-    except OSError:
-        commit = ""
+    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')
+    finished = sum(bool(file[f"episode_{i}"].attrs["success"]) for i in range(written))
     env_args = json.dumps(dict(env_name="picovla", type=0, env_kwargs=kwargs), sort_keys=True)
     file["data"].attrs.update(total=written, env_args=env_args)
     file.attrs.update(schema=SCHEMA, seed=seed, tasks=",".join(tasks), control_hz=CONTROL_HZ, env_args=env_args,
                       sentences=json.dumps({task: TASKS[task] for task in tasks}),
                       versions=f"mujoco {mujoco.__version__}, numpy {np.__version__}, h5py {h5py.__version__}",
-                      git_commit=commit or "unknown")
+                      git_commit="unknown" if failed else commit)
     file.attrs["complete"] = True
     file.close()
     os.replace(part, out)
-    total = sum(dropped.values()) + written
-    print(f"{out}: {written} episodes from {scene} scenes, {out.stat().st_size / 1e6:.0f} MB; dropped "
-          f"{sum(dropped.values())} of {total} = {100 * sum(dropped.values()) / total:.1f}% "
-          f"({', '.join(f'{v} {k}' for k, v in dropped.items()) or 'none'})")
+    lost = sum(dropped.values())
+    print(f"{out}: {written} episodes from {scene} scenes, {out.stat().st_size / 1e6:.0f} MB; dropped {lost} "
+          f"({', '.join(f'{v} {k}' for k, v in dropped.items()) or 'none'}); of the sentences that were not interrupted the "
+          f"expert, under noise, did {finished}/{finished + lost} = {100 * finished / max(finished + lost, 1):.1f}%")
     print(f"this run: {written - begun} episodes, {frames} frames in {seconds:.0f} s: {frames / seconds:.0f} frames/s, "
           f"{(written - begun) / seconds:.1f} episodes/s, {workers} workers")
 
 
-def benchmark(seconds=5.0):
+def benchmark(scenes=25):
     """Prints recorded frames/s on one core beside the bare rate: physics and one full ray-cast picture a step."""
-    env = Env(cameras=())
-    camera = RayCamera(env.model, "front")
-    n = IMAGE_SIZE ** 2
+    env, recorders = Env(cameras=()), {"front": Env(cameras=["front"]), "front + wrist": Env(cameras=["front", "wrist"])}
+    camera, n = RayCamera(env.model, "front"), IMAGE_SIZE ** 2
     buffers = np.empty(n, np.int32), np.empty(n), np.empty(3 * n)
-
-    def bare(seed):
+    done = {name: np.zeros(2) for name in ("bare", *recorders)}              # frames, seconds
+    for seed in range(DEMO_SEED, DEMO_SEED + scenes):                        # alternately: a machine's speed wanders
         env.reset(seed)
         start = time.perf_counter()
         for _ in range(40):
@@ -740,21 +747,15 @@ def benchmark(seconds=5.0):
             rays = camera.rays @ env.data.cam_xmat[camera.id].reshape(3, 3).T
             mujoco.mj_multiRay(env.model, env.data, env.data.cam_xpos[camera.id], rays.reshape(-1), None, True, -1,
                                *buffers, n, mujoco.mjMAXVAL)
-        return 40, time.perf_counter() - start
-
-    def record(seed, env):
-        start = time.perf_counter()
-        return sum(attrs["num_samples"] for attrs, _ in play_scene(seed, env)[0]), time.perf_counter() - start
-
-    runs = {"bare": bare, "front": partial(record, env=Env(cameras=["front"])),
-            "front + wrist": partial(record, env=Env(cameras=["front", "wrist"]))}
-    done = {name: np.zeros(2) for name in runs}
-    for seed in range(DEMO_SEED, DEMO_SEED + int(5 * seconds)):          # alternately: a machine's speed wanders
-        for name, run in runs.items():
-            done[name] += run(seed)
-    rates = {name: steps / spent for name, (steps, spent) in done.items()}
-    print(f"one core, control steps/s: bare physics and one ray-cast picture {rates.pop('bare'):.0f}; recorded, compressed, "
-          + ", ".join(f"with {name} {rate:.0f} (ratio {rate * done['bare'][1] / done['bare'][0]:.2f})" for name, rate in rates.items()))
+        done["bare"] += 40, time.perf_counter() - start
+        for name, recorder in recorders.items():
+            start = time.perf_counter()
+            frames = sum(attrs["num_samples"] for attrs, _ in play_scene(seed, recorder)[0])
+            done[name] += frames, time.perf_counter() - start
+    rates = {name: frames / spent for name, (frames, spent) in done.items()}
+    bare = rates.pop("bare")
+    print(f"one core, control steps/s: bare physics and one ray-cast picture {bare:.0f}; recorded, compressed, "
+          + ", ".join(f"with {name} {rate:.0f} (ratio {rate / bare:.2f})" for name, rate in rates.items()))
 
 
 if __name__ == "__main__":
@@ -764,7 +765,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="which 100,000 demonstration scenes to draw from (default 0)")
     parser.add_argument("--tasks", default="pick_place", help=f"comma list of {', '.join(TASKS)} (default pick_place)")
     parser.add_argument("--cameras", default="front,wrist", help=f"comma list of {', '.join(CAMERAS)} (default front,wrist)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores); does not change the data")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 61), help="processes (default: all cores); does not change the data")
     parser.add_argument("--bench", action="store_true", help="only print the recording rate of one core beside bare physics")
     args = parser.parse_args()
     tasks, cameras = args.tasks.split(","), args.cameras.split(",")
@@ -774,7 +775,7 @@ if __name__ == "__main__":
     if args.bench:
         benchmark()
         sys.exit()
-    for flag, value, low, high in (("--episodes", args.episodes, 1, 100_000), ("--workers", args.workers, 1, 1024),
+    for flag, value, low, high in (("--episodes", args.episodes, 1, 100_000), ("--workers", args.workers, 1, 61),
                                    ("--seed", args.seed, 0, 9999)):
         if not low <= value <= high:
             fail(f"{flag} must be from {low} to {high}, not {value}")

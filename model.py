@@ -12,7 +12,6 @@ N all tokens, C width, S state numbers, K actions in a chunk, A numbers in an ac
 """
 import dataclasses
 import re
-import sys
 import warnings
 from pathlib import Path
 
@@ -172,8 +171,12 @@ class Policy(nn.Module):
         part.replace(path)                                     # never half a checkpoint
 
     @staticmethod
-    def load(path, device="cpu"):
-        """The policy (VLA or BC) in a checkpoint of train.py. Raises ValueError with a sentence for the user."""
+    def load(path=None, device="cpu"):
+        """The policy (VLA or BC) in a checkpoint of train.py; without a path, out/ckpt.pt or else the one in assets/.
+        Raises ValueError with a sentence for the user."""
+        if path is None:
+            shipped = Path(__file__).parent / "assets/ckpt.pt"
+            path = shipped if shipped.exists() and not Path("out/ckpt.pt").exists() else Path("out/ckpt.pt")
         try:
             saved = torch.load(path, map_location=device, weights_only=True)
             config = Config(**saved["config"])
@@ -184,7 +187,7 @@ class Policy(nn.Module):
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{path} is not a checkpoint of this model ({reason})") from None
-        model.step, model.extra = saved.get("step"), {k: v for k, v in saved.items() if k != "weights"}
+        model.step = saved.get("step")
         return model.to(device).eval()
 
 

@@ -13,6 +13,7 @@ import argparse
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from gen_data import CONTROL_HZ, MAX_STEPS, Env, RayCamera, expert
+from gen_data import CONTROL_HZ, Env, RayCamera, expert
 from model import VLA, tokenize
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,6 +54,8 @@ if min(seeds) < 0:
     fail(f"--seed must not be negative, got {min(seeds)}")
 if not 128 <= size <= 2048:
     fail(f"--size must be from 128 to 2048 px, not {size}")
+if len(seeds) > 1 and not args.out:
+    fail("several scenes need --out; the prompt plays one")
 if args.attention and args.expert:
     fail("--attention shows a policy's attention; the expert has none")
 if args.out:
@@ -67,9 +70,7 @@ font = ImageFont.load_default(15 if size >= 384 else 11)
 
 
 def load_policy():
-    here = Path(__file__).parent
-    found = [p for p in (Path("out/ckpt.pt"), here / "assets/ckpt.pt") if p.exists()]
-    policy = VLA.load(args.ckpt or (found or [Path("out/ckpt.pt")])[0])
+    policy = VLA.load(args.ckpt)
     if args.attention and policy.config.model != "vla":
         raise ValueError("--attention needs a checkpoint that looks at pictures, and this one is a bc")
     return policy
@@ -108,6 +109,9 @@ class Scene:
     def outcome(self):
         seconds = f"{self.env.steps / CONTROL_HZ:.1f} s"
         return f"done in {seconds}" if self.info["success"] else f"failed: not done in {seconds}" if self.done else seconds
+
+    def contents(self):
+        return f"scene {self.seed}: blocks {', '.join(self.env.block_colors)}; targets {', '.join(self.env.pad_colors)}"
 
     @torch.inference_mode()
     def looks(self):
@@ -187,7 +191,7 @@ def command(scene, line):
         if word == "reset" or word == "seed" and rest and rest[0].isdigit():
             scene.reset(int(rest[0]) if rest else scene.seed)
             scene.done = True                                  # wait for a sentence
-            print(f"scene {scene.seed}: blocks {', '.join(scene.env.block_colors)}; targets {', '.join(scene.env.pad_colors)}")
+            print(scene.contents())
         elif word in ("help", "seed", ""):
             print(HELP.format(block=scene.env.block_colors[0], pad=scene.env.pad_colors[0]))
         else:
@@ -200,19 +204,21 @@ def command(scene, line):
 def prompt_without_window(scene):
     """Each sentence typed writes its GIF."""
     print("no display: each sentence writes a GIF to out/ (a window opens where DISPLAY is set)")
-    Path("out").mkdir(exist_ok=True)
-    command(scene, f"seed {scene.seed}")
-    command(scene, "help")
-    for n in range(10**6):
-        try:
-            answer = command(scene, input("> "))
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if answer is False:
-            return
-        if answer:
-            record([scene], Path(f"out/play_{n:03d}.gif"))
+    try:
+        Path("out").mkdir(exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make the folder out for the GIFs: {error.strerror}")
+    print(HELP.format(block=scene.env.block_colors[0], pad=scene.env.pad_colors[0]))
+    print(scene.contents())
+    free = (path for n in range(10**6) if not (path := Path(f"out/play_{n:03d}.gif")).exists())
+    try:
+        if args.instruction:
+            record([scene], next(free))
+        while (answer := command(scene, input("> "))) is not False:
+            if answer:
+                record([scene], next(free))
+    except (EOFError, KeyboardInterrupt):
+        print()
 
 
 def live(scene):
@@ -267,6 +273,7 @@ try:
 except ValueError as error:
     fail(error)
 if args.out:
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     record(scenes, args.out)
 elif has_display:
     live(scenes[0])

@@ -9,7 +9,6 @@ Leaves ckpt.pt, log.jsonl and curve.png in --out_dir. Ctrl-C saves; --resume car
 import argparse
 import dataclasses
 import json
-import pickle
 import signal
 import subprocess
 import sys
@@ -66,18 +65,22 @@ def fail(message):
 
 
 for flag in ("steps", "batch_size", "execute", "episodes", "eval_episodes", "log_interval", "lr", "adam_lr"):
-    if getattr(args, flag) <= 0:
+    if not getattr(args, flag) > 0:
         fail(f"--{flag} must be more than 0, not {getattr(args, flag)}")
 for flag in ("relabel", "ground", "goal", "seed", "eval_interval"):
-    if getattr(args, flag) < 0:
+    if not getattr(args, flag) >= 0:
         fail(f"--{flag} must not be negative, got {getattr(args, flag)}")
 if args.relabel > args.batch_size:
     fail(f"--relabel {args.relabel} is more than --batch_size {args.batch_size}")
 state_kind = args.state or ("full" if args.model == "bc" else "proprio")
-chosen_cameras = [] if args.model == "bc" else args.cameras and args.cameras.split(",")
+chosen_cameras = [] if args.model == "bc" else None if args.cameras is None else args.cameras.split(",")
+if args.model == "vla" and args.execute > Config.chunk:
+    fail(f"--execute {args.execute} is more than the chunk of {Config.chunk}")
 device = args.device
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+    fail(f"--device {device} is not available here; leave it at auto")
 dtype = args.dtype
 if dtype == "auto":
     matrix_units = device == "cuda" or device == "cpu" and torch.cpu._is_amx_tile_supported()
@@ -96,7 +99,7 @@ def load(path, state_keys, cameras):
         recorded = json.loads(file.attrs["env_args"])["env_kwargs"]["cameras"]
         cameras = tuple(recorded if cameras is None else cameras)
         if missing := [c for c in cameras if c not in recorded]:
-            raise ValueError(f"it has no camera {missing[0]!r}, only {', '.join(recorded)}")
+            fail(f"--cameras {missing[0]!r} is not in {path}, which has {', '.join(recorded)}")
         sentences = json.loads(file.attrs["sentences"])
         valid = {name.decode() for name in file["mask/valid"][:]}
         groups = [file[f"episode_{i}"] for i in range(file.attrs["total"])]
@@ -110,12 +113,14 @@ def load(path, state_keys, cameras):
             blocks, pads = a["block_colors"].split(","), a["pad_colors"].split(",")
             index = np.array([[keys.setdefault((a["task"], b, p), len(keys)) for p in pads] for b in blocks])
             pair, other = np.tile([a["block"], a["pad"]], (n, 1)), labels["other"][:].astype(np.int64)
+            key, other_key = index[pair[:, 0], pair[:, 1]], index[other[:, 0], other[:, 1]]
+            slots = [0, len(blocks)]                           # of block and pad among the objects
             at += n
             for name, value in dict(
                     state=np.concatenate([observed[k][:] for k in state_keys], 1), action=group["actions"][:],
                     other_action=labels["other_action"][:], objects=labels["objects_pos"][:],
-                    uv=np.stack([labels[f"{c}_uv"][:] for c in cameras] or [other], 1), pair=pair, other=other,
-                    key=index[pair[:, 0], pair[:, 1]], other_key=index[other[:, 0], other[:, 1]],
+                    uv=np.stack([labels[f"{c}_uv"][:] for c in cameras] or [other], 1), pair=pair + slots,
+                    other=other + slots, key=key, other_key=other_key,
                     end=np.full(n, at), valid=np.full(n, f"demo_{i}" in valid)).items():
                 rows.setdefault(name, []).append(value)
     data = {name: torch.from_numpy(np.concatenate(values)) for name, values in rows.items()}
@@ -142,7 +147,7 @@ def losses(frames, relabel, rng):
     error = ((actions[:len(frames)] - wanted).abs().mean(-1) * inside).sum() / inside.sum()
     if relabel:                                                # only the first action of these is known
         error = error + (actions[len(frames):, 0] - data["other_action"][frames[:relabel]].to(device)).abs().mean()
-    pair = torch.cat([data["pair"][frames], data["other"][frames[:relabel]]]) + torch.tensor([0, n_blocks])
+    pair = torch.cat([data["pair"][frames], data["other"][frames[:relabel]]])
     rows = torch.arange(len(twice))[:, None]
     position = data["objects"][twice][rows, pair].flatten(1).to(device)    # (R, 6) m, of the block and the pad
     goal_error = F.smooth_l1_loss(goal, (position - model.goal_mean) / model.goal_std, beta=0.1)
@@ -188,9 +193,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model):
     inner = (".q.", ".kv.", ".out.", ".up.", ".down.")         # the transformers' matrices
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and any(part in name for part in inner)]
-    if args.optimizer == "adamw":
-        matrices = []
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and any(part in name for part in inner)
+                and args.optimizer == "muon"]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     adamw = torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.01)
     return [adamw, Muon(matrices, args.lr)] if matrices else [adamw]
@@ -211,7 +215,7 @@ def train_step(step):
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * rate(step)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return loss.detach()
 
 
@@ -241,38 +245,28 @@ def bench(rounds=12):
     """Training steps of this build and of the plain one, alternately, each with its own batch size and optimiser."""
     config = Config(words=tuple(f"word{i}" for i in range(40)))
     fast, plain = VLA(config).to(device), Plain(VLA(dataclasses.replace(config, keep=80))).to(device)
-    fast_optimizers, plain_optimizer = make_optimizers(fast), torch.optim.AdamW(plain.parameters(), lr=1e-4)
 
-    def batch(n):
-        return (torch.randint(0, 256, (n, 2, 64, 64, 3), dtype=torch.uint8, device=device),
-                torch.randn(n, config.state_size, device=device), torch.randint(1, 40, (n, config.max_text), device=device))
-
-    def fast_step(n=args.batch_size, requests=25):
+    def fast_loss(images, state, text, requests=25):
         """As in train_step: a batch words each of the 25 requests in one way; no frame has a second sentence."""
-        images, state, text = batch(n)
         with autocast:
-            out = fast(images, state, text[:requests], sentence=torch.arange(n) % requests)
-        sum(o.float().abs().mean() for o in out).backward()
-        for optimizer in fast_optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return n
+            out = fast(images, state, text[:requests], sentence=torch.arange(len(images)) % requests)
+        return sum(o.float().abs().mean() for o in out)
 
-    def plain_step(n=32):
-        plain(*batch(n)).abs().mean().backward()
-        plain_optimizer.step()
-        plain_optimizer.zero_grad(set_to_none=True)
-        return n
-
-    seconds = {fast_step: [], plain_step: []}
+    builds = ((fast_loss, make_optimizers(fast), args.batch_size, []),
+              (lambda *batch: plain(*batch).abs().mean(), [torch.optim.AdamW(plain.parameters(), lr=1e-4)], 32, []))
     for _ in range(rounds + 2):
-        for step, times in seconds.items():
+        for loss, optimizers, n, times in builds:
             begun = time.perf_counter()
-            n = step()
+            loss(torch.randint(0, 256, (n, 2, 64, 64, 3), dtype=torch.uint8, device=device),
+                 torch.randn(n, config.state_size, device=device),
+                 torch.randint(1, 40, (n, config.max_text), device=device)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - begun) / n)
-    fast_rate, plain_rate = (1 / float(np.median(times[2:])) for times in seconds.values())
+    fast_rate, plain_rate = (1 / float(np.median(times[2:])) for *_, times in builds)
     print(f"{fast_rate:.0f} samples/s, plain build {plain_rate:.0f} samples/s: {fast_rate / plain_rate:.1f} times ({dtype}, "
           f"{device}, {torch.get_num_threads()} threads)")
 
@@ -295,20 +289,21 @@ except OSError as error:
     fail(f"cannot write in {args.out_dir}: {error.strerror}")
 clock = time.time()
 if not args.data.exists():
-    print(f"{args.data} is not there: making {args.episodes} demonstrations, about {args.episodes / 1000:.0f} minutes "
+    print(f"{args.data} is not there: making {args.episodes} demonstrations, about {max(1, round(args.episodes / 1000))} minutes "
           "on 2 cores", flush=True)
-    if code := subprocess.run([sys.executable, str(Path(__file__).parent / "gen_data.py"), "--episodes", str(args.episodes),
-                               "--out", str(args.data)]).returncode:
+    command = [sys.executable, str(Path(__file__).parent / "gen_data.py"), "--episodes", str(args.episodes), "--out", str(args.data)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is for gen_data.py, which stops cleanly
+    if code := subprocess.run(command + (["--cameras", args.cameras] if chosen_cameras else [])).returncode:
         sys.exit(code)
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 made = time.time() - clock
 try:
     cameras, data, requests = load(args.data, STATES[state_kind], chosen_cameras)
-except (OSError, KeyError, ValueError) as error:
+except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
     fail(f"{args.data} cannot be used ({str(error).strip()}); delete it or give another --data")
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
 if not len(train_frames) or not len(valid_frames):
     fail(f"{args.data} is too small: it needs episodes to train on and, from another scene, to validate on")
-n_blocks = data["objects"].shape[1] - 2
 print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)} held out; made in {made:.0f} s, loaded in "
       f"{time.time() - clock - made:.0f} s", flush=True)
 
@@ -318,8 +313,6 @@ config = Config(model=args.model, state=state_kind, text=args.text, execute=args
                 max_text=16 if args.text == "word" else 96)
 if args.model == "bc":
     config.chunk = config.execute = 1
-if config.execute > config.chunk:
-    fail(f"--execute {args.execute} is more than the chunk of {config.chunk}")
 model = {"vla": VLA, "bc": BC}[args.model](config)
 model.state_mean.copy_(data["state"][train_frames].mean(0))    # statistics of the training frames alone
 model.state_std.copy_(data["state"][train_frames].std(0) + 1e-3)
@@ -327,12 +320,14 @@ if args.model == "vla":
     some = data["images"][train_frames[::97]].float()
     model.image_mean.copy_(some.mean((0, 2, 3))[:, None, None])
     model.image_std.copy_(some.std((0, 2, 3))[:, None, None])
-    slots = data["pair"][train_frames] + torch.tensor([0, n_blocks])
-    goals = data["objects"][train_frames][torch.arange(len(slots))[:, None], slots].flatten(1)
+    goals = data["objects"][train_frames][torch.arange(len(train_frames))[:, None], data["pair"][train_frames]].flatten(1)
     model.goal_mean.copy_(goals.mean(0))
     model.goal_std.copy_(goals.std(0) + 1e-3)
     tokens = [torch.stack([tokenize(s, config) for s in group]) for group in requests]
 model.to(device)
+if args.compile:
+    import torch._dynamo
+    torch._dynamo.config.suppress_errors = True                # no compiler here: go on without
 net = torch.compile(model) if args.compile else model
 optimizers = make_optimizers(model)
 weights = dict(action=1.0, goal=args.goal, ground=args.ground)
@@ -347,9 +342,9 @@ if args.resume:
             optimizer.load_state_dict(state)
         first_step = saved["step"]
         if args.steps < first_step:
-            fail(f"{resume_path} is at step {first_step} already; --steps must be more")
-    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        fail(f"{resume_path} cannot be resumed from ({str(error).splitlines()[0]})")
+            fail(f"{resume_path} is at step {first_step} already; --steps must not be less")
+    except Exception as error:                                 # whatever a damaged file may cause
+        fail(f"{resume_path} cannot be resumed from ({' '.join(str(error).split())[:200] or type(error).__name__})")
 
 
 def save(step):
@@ -364,9 +359,17 @@ def save(step):
 # ----------------------------------------------------------------------------- train
 print(f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {dtype}, "
       f"{torch.get_num_threads()} threads", flush=True)
-before = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= first_step] if args.resume else []
+before = []
+if args.resume and log_path.exists():
+    for line in log_path.read_text().splitlines():
+        try:
+            before += [line] if json.loads(line)["step"] <= first_step else []
+        except ValueError:
+            pass                                               # cut off when the run was killed
 log = open(log_path, "w")                                      # only now: no bad flag or file has cost anything
 log.writelines(line + "\n" for line in before)
+if not args.resume:
+    resume_path.unlink(missing_ok=True)
 stopped = []                                                   # Ctrl-C is heeded between steps
 signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
 held_out = torch.from_numpy(np.random.default_rng(0).choice(valid_frames, min(512, len(valid_frames)), replace=False))
@@ -380,7 +383,7 @@ for step in range(first_step, args.steps):
         ms = (time.time() - began) / (done - measured) * 1e3
         with torch.no_grad():
             valid = losses(held_out, min(args.relabel, len(held_out)), np.random.default_rng(0))
-        line = dict(step=done, loss=loss.item(), val_loss=valid["action"].item(), lr=rate(step) * args.lr,
+        line = dict(step=done, loss=loss.item(), val_loss=valid["action"].item(), lr=optimizers[-1].param_groups[0]["lr"],
                     ms_per_step=ms, samples_per_s=args.batch_size / ms * 1e3,
                     **{f"val_{k}": v.item() for k, v in valid.items() if k != "action"})
         print(json.dumps(line), file=log, flush=True)
