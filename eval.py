@@ -3,13 +3,17 @@
     python eval.py                                                  # 100 episodes of out/ckpt.pt, about 20 s
     python eval.py --policies expert,random,policy --controls       # beside ceiling, floor and the controls
     python eval.py --episodes 500 --out results.json                # the headline figure
+    python eval.py --split phrasing                                 # in words that demonstrations never used
+    python eval.py --instructions mine.txt                          # in yours: lines of task<TAB>sentence
+    python eval.py --ckpt clean.pt,randomized.pt --transfer --out transfer.json     # and transfer.png
 
 Controls, on the same scenes: `blind` sees a constant picture, `deaf` hears an empty sentence, `swap` is told another
-sentence that is valid in the scene and is scored on it and on the original. A policy that looks and listens fails
-blind and deaf, and obeys the swapped sentence.
+sentence that is valid in the scene and is scored on it and on the original, `retarget` is told another at a random moment and
+scored on that one. A policy that looks and listens fails blind and deaf, and obeys the other two.
 """
 import argparse
 import json
+import re
 import signal
 import sys
 import time
@@ -21,8 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import gen_data
-from gen_data import MAX_STEPS, N_BLOCKS, N_PADS, SUCCESS_STEPS, TASKS, TEST_SEED, Env, expert, make_instruction
+from gen_data import (FACTORS, GUARDS, MAX_STEPS, PHRASES, SLOTS, SPLITS, SUCCESS_STEPS, TASKS, TEST_SEED, Env, expert, fill,
+                      make_instruction, parse_instruction, task_list)
 from model import VLA
 
 # ----------------------------------------------------------------------------- settings
@@ -30,9 +34,17 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 add = parser.add_argument
 add("--ckpt", default=None, help="checkpoint, or a comma list of them (default out/ckpt.pt, else assets/ckpt.pt)")
 add("--policies", default="policy", help="comma list of expert, random, policy (default policy: the checkpoints)")
-add("--controls", action="store_true", help="also run the checkpoints blind, deaf and with swapped sentences")
-add("--episodes", type=int, default=100, help="episodes per row (default 100)")
-add("--tasks", default="pick_place", help=f"comma list of {', '.join(TASKS)} (default pick_place)")
+add("--controls", action="store_true", help="also run the checkpoints blind, deaf, with swapped and with changing sentences")
+add("--episodes", type=int, default=100, help="episodes per policy and control, shared among the tasks (default 100)")
+add("--tasks", default=None, help=f"all, or a comma list of {', '.join(TASKS)} (default: what the checkpoint was trained on)")
+add("--split", default="seen", choices=SPLITS, help="seen: as in the demonstrations; phrasing: their held-out sentence patterns; "
+    "combo: their held-out colours; crowd: two more blocks (default seen)")
+add("--instructions", type=Path, default=None, help="file of lines task<TAB>sentence with {block} {pad} {lower} {direction}: scores each")
+add("--sensitivity", action="store_true", help="also: how much the action depends on the sentence, before and after training")
+add("--randomize", type=float, default=0.0, help="0 to 1: how far the world may be from normal (default 0)")
+add("--randomize_only", default=None, help=f"one of {', '.join(FACTORS)} (default: all of them)")
+add("--transfer", action="store_true", help="the checkpoints in the normal world, with each factor, with all; a heat map beside --out")
+add("--guard", default="on", choices=("on", "off"), help="the safety guard between every policy and the servos (default on)")
 add("--seed", type=int, default=TEST_SEED, help=f"first scene seed (default {TEST_SEED:,}: the reporting range; "
     "0 to 999,999 is for choosing)")
 add("--execute", type=int, default=None, help="actions carried out per look (default: the checkpoint's own)")
@@ -48,24 +60,67 @@ def fail(message):
     sys.exit(2)
 
 
-tasks, policies = args.tasks.split(","), args.policies.split(",")
-for flag, names, known in (("--tasks", tasks, TASKS), ("--policies", policies, ("expert", "random", "policy"))):
-    if wrong := [n for n in names if n not in known]:
-        fail(f"{flag} {wrong[0]!r} is not one of {', '.join(known)}")
+policies = args.policies.split(",")
+if wrong := [n for n in policies if n not in ("expert", "random", "policy")]:
+    fail(f"--policies {wrong[0]!r} is not one of expert, random, policy")
+if args.randomize_only not in (None, *FACTORS):
+    fail(f"--randomize_only {args.randomize_only!r} is not one of {', '.join(FACTORS)}")
+if not 0 <= args.randomize <= 1:
+    fail(f"--randomize must be from 0 to 1, not {args.randomize}")
 for flag, value in (("--episodes", args.episodes), ("--width", args.width), ("--execute", args.execute)):
     if value is not None and value < 1:
         fail(f"{flag} must be at least 1, not {value}")
 if args.seed < 0:
     fail(f"--seed must not be negative, got {args.seed}")
-models = []
+models, paths = [], args.ckpt.split(",") if args.ckpt else [None]
 if "policy" in policies:
     try:
-        models = [VLA.load(path) for path in (args.ckpt.split(",") if args.ckpt else [None])]
+        models = [VLA.load(path) for path in paths]
     except ValueError as error:
         fail(error)
     for model in models:
         if args.execute and args.execute > model.config.chunk:
             fail(f"--execute {args.execute} is more than the checkpoint's chunk of {model.config.chunk}")
+if args.transfer and not (models and args.out):
+    fail("--transfer needs checkpoints and --out")
+known = [task for task in TASKS if any(task in m.config.tasks for m in models)] or ["pick_place"]
+try:
+    tasks = task_list(args.tasks) if args.tasks else known
+except ValueError as error:
+    fail(f"--tasks {error}")
+if args.split == "combo" and not (tasks := [t for t in tasks if t in ("pick_place", "stack", "push")]):
+    fail("--split combo: no colours are held out in these tasks, only in pick_place, stack, push")
+
+
+def read_instructions(path):
+    """[(task, pattern), ..] of a file of lines task<TAB>sentence."""
+    found, allowed = [], {*SLOTS, *(form for forms in PHRASES.values() for form in forms)}
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}")
+    if not lines:
+        fail(f"{path} is empty; it should have lines of a task, a tab and a sentence")
+    for number, line in enumerate(lines, 1):
+        task, tab, pattern = (part.strip() for part in line.partition("\t"))
+        if not tab or task not in TASKS:
+            fail(f"{path}, line {number}: it should begin with one of {', '.join(TASKS)} and a tab, not {line[:40]!r}")
+        if wrong := [slot for slot in re.findall(r"{([^}]*)}", pattern) if slot not in allowed]:
+            fail(f"{path}, line {number}: {{{wrong[0]}}} is not one of {', '.join('{%s}' % s for s in SLOTS)}")
+        fixed = {}                                             # what the sentence says without a slot, such as "open"
+        if missing := [slot for slot in TASKS[task].slots if f"{{{slot}}}" not in pattern and slot not in ("way", "direction")]:
+            fail(f"{path}, line {number}: a sentence for {task} needs {{{missing[0]}}}")
+        if not any(form in re.findall(r"{([^}]*)}", pattern) for form in ("way", "direction", *allowed - set(SLOTS))):
+            try:
+                slots = parse_instruction(fill(pattern, dict(block="red", pad="blue", lower="blue")))[1]
+                fixed = {k: v for k, v in slots.items() if k in TASKS[task].slots and k in ("way", "direction")}
+            except (ValueError, KeyError) as error:
+                fail(f"{path}, line {number}: {error}")
+        found.append((task, pattern, fixed))
+    return found
+
+
+wordings = read_instructions(args.instructions) if args.instructions else []
 if args.out:
     try:
         if args.out.is_dir() or args.out.suffix != ".json":
@@ -83,41 +138,55 @@ def wilson(k, n, z=1.96):
     return max((centre - half) / (1 + z * z / n), 0), min((centre + half) / (1 + z * z / n), 1)
 
 
-def play(policy, control, seeds, pool, envs, bar):
-    """Plays one scene per seed side by side; returns a list of result dicts. The batch keeps its width to the end."""
+def play(policy, control, seeds, pool, envs, bar, wording):
+    """Plays one scene per seed side by side; returns a list of result dicts. The batch keeps its width to the end.
+    wording: (task, pattern, fixed slots) to use instead of the scenes' own tasks and sentences."""
     n = len(seeds)
     results, observations, told = [None] * n, [None] * n, [None] * n
 
     def begin(i):
-        env = envs[i]
-        observations[i], info = env.reset(seeds[i])
-        env.original = env.block, env.pad, info["instruction"]
+        env, options = envs[i], dict(task=tasks[seeds[i] % len(tasks)])
+        if wording:
+            options = dict(task=wording[0], slots=wording[2])
+        observations[i], info = env.reset(seeds[i], options)
+        if wording:
+            env.set_request(env.request, fill(wording[1], env.slots))
+        env.original, env.original_sentence = (env.request[0], env.which), env.instruction
         env.original_steps, env.total_reward, env.dice = 0, 0.0, np.random.default_rng([seeds[i], 2])
+        env.chance = 1 / sum(env.can_ask(task, slots) for task in env.tasks for slots in env.requests(task))
+        env.switch = int(env.dice.integers(5, 40)) if control == "retarget" else None
         if control == "swap":                                  # the environment scores what the policy is told
-            other = gen_data.another_pair(env, env.dice)
-            slots = dict(block=env.block_colors[other[0]], pad=env.pad_colors[other[1]])
-            env.set_instruction(make_instruction(env.task, slots, env.dice))
-            observations[i] = env.observe()
+            another(i)
         told[i] = "" if control == "deaf" else env.instruction
+
+    def another(i):
+        """Tells it something else that is valid in the scene as it is now."""
+        env = envs[i]
+        request = env.draw_request(env.dice, avoid=env.request) or env.request
+        env.set_request(request, make_instruction(*request, env.dice, args.split == "phrasing"))
+        observations[i], told[i] = env.observe(), env.instruction
 
     def step(i, action):
         env = envs[i]
         observations[i], reward, success, truncated, info = env.step(action)
         env.total_reward += reward
-        block, pad, sentence = env.original
-        env.original_steps = env.original_steps + 1 if env.placed(block, pad) else 0
+        task, which = env.original
+        env.original_steps = env.original_steps + 1 if TASKS[task].success(env, **which) else 0
         original = env.original_steps >= SUCCESS_STEPS
-        if success or truncated or original or info["diverged"]:
-            results[i] = dict(seed=seeds[i], told=told[i], original=sentence, success=bool(success and not info["diverged"]),
-                              original_success=bool(original), touched=info["touched"], block=info["block"],
-                              reward=env.total_reward / env.steps, steps=env.steps, violations=info["violations"],
-                              diverged=info["diverged"])
+        if env.switch is not None and (success or env.steps >= env.switch) and not info["diverged"]:
+            env.switch = None
+            another(i)
+        elif success or truncated or info["diverged"] or original and control == "swap":
+            results[i] = dict(seed=seeds[i], task=task, told=told[i], original=env.original_sentence, success=bool(success and not info["diverged"]),
+                              original_success=bool(original), touched=info["touched"], block=info.get("block"),
+                              reward=env.total_reward / env.steps, steps=env.steps, violations=info["violations"], guard=info["guard"],
+                              force=info["force"], diverged=info["diverged"], chance=env.chance)
             bar.update()
 
     list(pool.map(begin, range(n)))
     if isinstance(policy, torch.nn.Module):
         execute = args.execute or policy.config.execute
-    for t in range(MAX_STEPS):
+    for t in range(2 * MAX_STEPS):
         alive = [i for i in range(n) if results[i] is None]
         if not alive:
             break
@@ -136,55 +205,126 @@ def play(policy, control, seeds, pool, envs, bar):
     return results
 
 
-def evaluate(name, policy, control):
-    """One row of the table."""
+def make_envs(pool, policy, world):
     cameras = policy.config.cameras if isinstance(policy, torch.nn.Module) else ()
+    allowed = [t for t in TASKS if t in tasks or t in known]   # what else could be asked for
+    return list(pool.map(lambda _: Env(allowed, cameras, split=args.split, guard=args.guard == "on", **world), range(min(args.width, args.episodes))))
+
+
+def evaluate(name, policy, control="", world=None, wording=None):
+    """Rows of one policy: one per task and, if there are several, one for all of them."""
+    world = world or (dict(randomize=args.randomize, randomize_only=args.randomize_only) if args.randomize else {})
     seeds = list(range(args.seed, args.seed + args.episodes))
     start, results = time.time(), []
     with ThreadPoolExecutor() as pool:                         # MuJoCo lets go of the interpreter lock
-        envs = list(pool.map(lambda _: Env(tasks, cameras), range(min(args.width, len(seeds)))))
-        bar = tqdm(total=len(seeds), desc=f"{name} {control}".strip(), unit="episode", disable=not sys.stderr.isatty())
-        with bar:
+        envs = make_envs(pool, policy, world)
+        with tqdm(total=len(seeds), desc=f"{name} {control}".strip(), unit="episode", disable=not sys.stderr.isatty()) as bar:
             for i in range(0, len(seeds), args.width):
-                results += play(policy, control, seeds[i:i + args.width], pool, envs, bar)
-    n, k = len(results), sum(r["success"] for r in results)
-    low, high = wilson(k, n)
-    reward, steps = [r["reward"] for r in results], [r["steps"] for r in results]
-    failed = [r for r in results if not r["success"]]
-    row = dict(policy=name, control=control or "none", task=args.tasks, split="reporting" if args.seed >= TEST_SEED else "choosing", k=k, n=n, low=low, high=high,
-               reward=float(np.mean(reward)), reward_sd=float(np.std(reward)), steps=float(np.mean(steps)),
-               steps_sd=float(np.std(steps)), violations=int(sum(r["violations"] for r in results)),
-               diverged=sum(r["diverged"] for r in results), original=sum(r["original_success"] for r in results),
-               wrong_first=sum(r["touched"] not in (None, r["block"]) for r in failed),
-               untouched=sum(r["touched"] is None for r in failed), seconds=time.time() - start)
+                results += play(policy, control, seeds[i:i + args.width], pool, envs, bar, wording)
     if args.out:
         for r in results:
-            print(json.dumps(dict(policy=name, control=control or "none", **r)), file=episode_file, flush=True)
-    text = f"{k}/{n} = {100 * k / n:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+            print(json.dumps(dict(policy=name, control=control or "none", **world, **r)), file=episode_file, flush=True)
+    seconds, found = time.time() - start, []
+    for task in [*dict.fromkeys(r["task"] for r in results), "all"]:
+        mine = [r for r in results if task in ("all", r["task"])]
+        n, k = len(mine), sum(r["success"] for r in mine)
+        failed, (low, high), mean = [r for r in mine if not r["success"]], wilson(k, n), lambda key: float(np.mean([r[key] for r in mine]))
+        found.append(dict(
+            policy=name, control=control or "none", task=task, split=args.split, range="reporting" if args.seed >= TEST_SEED else "choosing", k=k, n=n,
+            low=low, high=high, reward=mean("reward"), reward_sd=float(np.std([r["reward"] for r in mine])), steps=mean("steps"),
+            steps_sd=float(np.std([r["steps"] for r in mine])), violations=sum(r["violations"] for r in mine),
+            guard={g: sum(r["guard"][g] for r in mine) for g in GUARDS}, force_p95=float(np.percentile([r["force"] for r in mine], 95)),
+            force_max=max(r["force"] for r in mine), diverged=sum(r["diverged"] for r in mine), original=sum(r["original_success"] for r in mine),
+            wrong_first=sum(r["touched"] not in (None, r["block"]) for r in failed), untouched=sum(r["touched"] is None for r in failed),
+            chance=mean("chance"), seconds=seconds, **world))
+    if len(found) == 2:
+        found = found[:1]
+    row = found[-1]
+    text = percent(row)
     if control == "swap":
-        a, b = wilson(row["original"], n)
-        text += f" on the sentence given, {row['original']}/{n} = {100 * row['original'] / n:.1f}% [{100 * a:.1f}, {100 * b:.1f}] on the original"
-    print(f"{name:8} {control or '-':6} {text}; reward {row['reward']:.2f} ± {row['reward_sd']:.2f}, steps {row['steps']:.0f} ± "
-          f"{row['steps_sd']:.0f}, violations {row['violations']}, of {n - k} failures {row['wrong_first']} touched a wrong "
+        text += f" on the sentence given, {percent(dict(row, k=row['original']))} on the original"
+    print(f"{name:8} {control or '-':8} {text}; reward {row['reward']:.2f} ± {row['reward_sd']:.2f}, steps {row['steps']:.0f} ± "
+          f"{row['steps_sd']:.0f}, guard {', '.join(f'{v} {k}' for k, v in row['guard'].items() if v) or 'never'}, force on a block p95 "
+          f"{row['force_p95']:.0f} N, max {row['force_max']:.0f} N; of {row['n'] - row['k']} failures {row['wrong_first']} touched a wrong "
           f"block first and {row['untouched']} none; {row['seconds']:.0f} s", flush=True)
-    return row
+    return found
+
+
+def percent(row):
+    low, high = wilson(row["k"], row["n"])
+    return f"{row['k']}/{row['n']} = {100 * row['k'] / row['n']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 # ----------------------------------------------------------------------------- the table
-print(f"{args.episodes} scenes from seed {args.seed}; success [95% Wilson interval]; chance, one of "
-      f"{N_BLOCKS * N_PADS} possible answers, is {100 / N_BLOCKS / N_PADS:.1f}%")
 rows = []
-for name in policies:
-    if name != "policy":
-        rows.append(evaluate(name, name, ""))
-for model in models:
-    for control in ("", *(("blind", "deaf", "swap") if args.controls and model.config.model == "vla" else ())):
-        try:
-            rows.append(evaluate(model.config.model, model, control))
-        except ValueError as error:                            # other words, cameras or states than this world's
-            fail(error)
+try:
+    if not args.transfer and not wordings:
+        print(f"{args.episodes} scenes from seed {args.seed}, split {args.split}, tasks {', '.join(tasks)}; success [95% Wilson interval]", flush=True)
+        for name in policies:
+            if name != "policy":
+                rows += evaluate(name, name)
+        for model in models:
+            for control in ("", *(("blind", "deaf", "swap", "retarget") if args.controls and model.config.model == "vla" else ())):
+                rows += evaluate(model.config.model, model, control)
+        print(f"chance, for who moves perfectly and picks any of the things that could be asked for, is {100 * rows[-1]['chance']:.1f}%")
+        columns = list(dict.fromkeys((r["policy"], r["control"]) for r in rows))
+        if len(tasks) > 1:
+            print("| task | " + " | ".join(p if c == "none" else c for p, c in columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
+            for task in [*tasks, "all"]:
+                cells = [r for r in rows if r["task"] == task]
+                print(f"| {task} | " + " | ".join(f"{100 * r['k'] / r['n']:.1f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" for r in cells) + " |")
+    for model in models if wordings else ():                   # anybody's words
+        for wording in wordings:
+            print(f"{wording[0]}: {wording[1]}")
+            try:
+                rows += [dict(row, sentence=wording[1]) for row in evaluate(model.config.model, model, wording=wording)]
+            except ValueError as error:
+                print(f"         not understood: {error}")
+    if args.transfer:
+        amount = args.randomize or 1.0
+        worlds = {"normal": {}, **{f: dict(randomize=amount, randomize_only=f) for f in FACTORS}, "all": dict(randomize=amount)}
+        matrix = []
+        for model, path in zip(models, paths):
+            matrix.append([])
+            for name, world in worlds.items():
+                print(f"{path}, {name}:", end=" ")
+                row = evaluate(model.config.model, model, world=world or dict(randomize=0.0))[-1]
+                rows.append(dict(row, ckpt=str(path), world=name))
+                matrix[-1].append(row["k"] / row["n"])
+except ValueError as error:                                    # other words, cameras or states than this world's
+    fail(error)
+if args.transfer:
+    import matplotlib
+    matplotlib.use("Agg")                                      # draws without a display
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.6 * len(models)), layout="constrained")
+    axes.imshow(matrix, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(worlds)), list(worlds)), axes.set_yticks(range(len(models)), [Path(p or "ckpt").stem for p in paths])
+    for i, line in enumerate(matrix):
+        for j, value in enumerate(line):
+            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center")
+    axes.set_title(f"success in %, {args.episodes} scenes a cell; world randomised by {amount:g} in")
+    figure.savefig(args.out.with_suffix(".png"), dpi=110)
+
+# ----------------------------------------------------------------------------- other measurements
 fingerprint = dict(torch=torch.__version__, mujoco=mujoco.__version__, numpy=np.__version__, seed=args.seed,
                    threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
+if args.sensitivity:
+    for model in [m for m in models if m.config.model == "vla"]:
+        torch.manual_seed(0)
+        fresh = type(model)(model.config)
+        fresh.load_state_dict({k: v for k, v in model.state_dict().items() if k.endswith(("_mean", "_std"))}, strict=False)
+        env, difference = Env([t for t in TASKS if t in model.config.tasks], model.config.cameras), []
+        for seed in range(args.seed, args.seed + args.episodes):
+            obs, info = env.reset(seed)
+            dice = np.random.default_rng([seed, 2])
+            other = env.draw_request(dice, avoid=env.request) or env.request
+            told = [info["instruction"], make_instruction(*other, dice)]
+            difference.append([np.abs(np.diff(policy.plan([obs, obs], told)[:, 0], axis=0)).mean() for policy in (fresh.eval(), model)])
+        before, after = np.mean(difference, 0)
+        print(f"{model.config.model} sensitivity: two sentences in one scene differ in the next action by {before:.3f} before training and {after:.3f} "
+              f"after (mean of 4 numbers, each in [-1, 1]; {len(difference)} scenes)")
+        rows[0]["sensitivity"] = [float(before), float(after)]
 if args.latency:
     torch.set_num_threads(1)
     for model, row in zip(models, [r for r in rows if r["policy"] in ("vla", "bc") and r["control"] == "none"]):

@@ -1,15 +1,17 @@
 """The world and its demonstrations: scene, cameras, sentences, scripted expert, HDF5 writer.
 
     python gen_data.py --episodes 2000 --out data/demos.h5    # all cores, about 2 minutes on 2 of them
+    python gen_data.py --tasks all --episodes 6000 --out data/all.h5
     python gen_data.py --bench                                # frames/s against bare physics + ray casting
 
-A 7-joint arm (Franka Panda link offsets) with a friction gripper stands at a table with coloured blocks and
-coloured pads; a sentence says which block belongs on which pad. Needs MuJoCo and no OpenGL: pixels come from
+A 7-joint arm (Franka Panda link offsets) with a friction gripper stands at a table with coloured blocks, coloured
+pads and a drawer; a sentence says what to do with which of them. Needs MuJoCo and no OpenGL: pixels come from
 MuJoCo's ray caster. Importing this file does no work.
 
 World frame: origin at the arm's base on the table top, x away from the robot, y to its left, z up; metres.
 """
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -21,7 +23,6 @@ import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
 from pathlib import Path
 from threading import Thread
 
@@ -44,44 +45,103 @@ COLORS = {"red": (.86, .10, .10), "green": (.08, .62, .16), "blue": (.10, .25, .
 N_BLOCKS, N_PADS = 3, 2
 BLOCK = 0.02                           # m, half the edge of a block
 PAD_RADIUS = 0.045                     # m
-AREA = np.array([[0.36, -0.21], [0.64, 0.21]])                 # m, where blocks and pads are put (x, y)
+AREA = np.array([[0.36, -0.15], [0.64, 0.22]])                 # m, where blocks and pads are put (x, y)
 WORKSPACE = np.array([[0.28, -0.32, 0.004], [0.72, 0.32, 0.35]])  # m, where the hand may be commanded
 HOME = np.array([0, -0.2, 0, -2.2, 0, 2.0, 0.785])             # rad, start of the IK and its null-space pull
 LEASH = 0.04                           # m, how far the commanded hand may run ahead of the real one
 GRIPPER_OPEN = 0.035                   # m, travel of each finger
-SUCCESS_RADIUS = 0.03                  # m, block to pad centre
+DRAWER = 0.13                          # m, travel of the drawer
+HANDLE = np.array([0.437, -0.275, 0.064])                      # m, its handle when it is shut
 SUCCESS_STEPS = 5                      # control steps (0.25 s) that success must hold
+DIRECTIONS = {"left": (0, 1), "right": (0, -1), "forward": (1, 0), "back": (-1, 0)}     # as the robot sees it
+
+# The guard between any policy and the servos; eval.py counts what it stops.
+SPEED_LIMIT = 0.8                      # m/s, of the hand
+JOINT_MARGIN = 0.02                    # rad, kept from the ends of the joints' ranges
+FORCE_LIMIT = 40.0                     # N, at any contact of a block; above it the hand backs off
+GUARDS = ("action", "speed", "box", "joint", "force")
 
 # Scene seeds: three ranges that never meet. Demonstration seeds start at DEMO_SEED + 100_000 * --seed.
 VALID_SEED, TEST_SEED, DEMO_SEED = 0, 1_000_000, 2_000_000     # choosing, reporting, demonstrations
 
+# What demonstrations never show: these, and the last two sentence patterns of each task.
+HELD_OUT = dict(
+    pick_place=[dict(block=b, pad=p) for b, p in (("red", "blue"), ("green", "yellow"), ("blue", "purple"), ("yellow", "red"), ("purple", "green"))],
+    stack=[dict(block=b, lower=l) for b, l in (("red", "yellow"), ("green", "purple"), ("blue", "red"), ("purple", "blue"))],
+    push=[dict(block="purple")])
+SPLITS = ("seen", "phrasing", "combo", "crowd")                # as demonstrated; held-out wordings; colours; more blocks
+CROWD = 2                                                      # more blocks than in demonstrations
+
+# Domain randomisation: what may differ from scene to scene, each by up to this much at --randomize 1.
+FACTORS = dict(
+    light=(0.5, 0.25),                 # of the direction (unit vector), of the strength (share)
+    color=(0.12, 0.07),                # of the table, of blocks and pads (r, g, b in 0..1)
+    camera=(0.02, 2.0),                # m, degrees of field of view
+    noise=(8.0,),                      # standard deviation, of 255
+    friction=(0.3,),                   # share
+    mass=(0.5, 0.1),                   # share, of the blocks' mass and size
+    damping=(0.5,),                    # share, of the joints'
+    servo=(0.25,),                     # share, of gain and bias together
+    delay=(1,))                        # control steps, with half this probability
+
+
 # ----------------------------------------------------------------------------- sentences
-TASKS = {"pick_place": (
-    "pick up the {block} block and place it at the {pad} target",
-    "grasp the {block} cube and move it to the {pad} target location",
-    "pick the {block} block and put it on the {pad} target",
-    "move the {block} object to the {pad} marker",
-    "grab the {block} cube and place it at the {pad} goal",
-    "lift the {block} block then set it on the {pad} target",
-    "pick up the {block} object and transport it to the {pad} target zone",
-    "grasp and relocate the {block} block to the {pad} spot")}
+PHRASES = dict(left=dict(towards="to the left"), right=dict(towards="to the right"), forward=dict(towards="forward"), back=dict(towards="back"),
+               open=dict(pull="pull", opened="open"), close=dict(pull="push", opened="shut"))    # other forms of a slot's word
+SLOTS = dict(block=tuple(COLORS), pad=tuple(COLORS), lower=tuple(COLORS), direction=tuple(DIRECTIONS), way=("open", "close"))
 
 
-def make_instruction(task, slots, rng):
+def fill(pattern, slots):
+    """A sentence pattern with its slots filled in; "to the left" and "shut" are other forms of "left" and "close"."""
+    forms = {k: v for word in slots.values() for k, v in PHRASES.get(word, {}).items()}
+    return pattern.format(**slots, **forms)
+
+
+def patterns(task, held_out=False):
+    """The task's sentence patterns: those of the demonstrations, or the two that they never use."""
+    return TASKS[task].sentences[-2:] if held_out else TASKS[task].sentences[:-2]
+
+
+def make_instruction(task, slots, rng, held_out=False):
     """One of the task's sentences, drawn by `rng`, with the slots filled in, e.g. dict(block="red", pad="blue")."""
-    patterns = TASKS[task]
-    return patterns[rng.integers(len(patterns))].format(**slots)
+    choice = patterns(task, held_out)
+    return fill(choice[rng.integers(len(choice))], slots)
+
+
+def is_held_out(task, slots):
+    """Whether demonstrations leave out this combination of colours."""
+    return any(combination.items() <= slots.items() for combination in HELD_OUT.get(task, ()))
+
+
+def all_requests(tasks):
+    """Every (task, slots) that could ever be asked for; its order numbers the requests of a data file."""
+    return [(task, dict(zip(TASKS[task].slots, words))) for task in tasks
+            for words in itertools.product(*(SLOTS[slot] for slot in TASKS[task].slots))]
 
 
 def parse_instruction(text):
-    """Slots of a sentence in anybody's words: the first colour named is the block's, the second the pad's.
+    """(task, slots) of a sentence in anybody's words. The first colour is the block's; the second is a block's if a
+    word for one follows it, otherwise a pad's. Among tasks with these slots, the one whose wording is nearest.
 
-    Raises ValueError, with a sentence for the user, when it does not name exactly two colours."""
-    named = [w for w in re.findall("[a-z]+", text.lower()) if w in COLORS]
-    if len(named) != 2:
-        raise ValueError(f"the instruction {text!r} names {len(named)} colours; it must name two of "
-                         f"{', '.join(COLORS)}: the block's, then the target's")
-    return dict(block=named[0], pad=named[1])
+    Raises ValueError, with a sentence for the user, when nothing fits."""
+    words, slots = re.findall("[a-z]+", text.lower()), {}
+    for word, following in zip(words, words[1:] + [""]):
+        if word in COLORS:
+            second = "lower" if following in ("block", "cube", "object") else "pad"
+            slots[second if "block" in slots else "block"] = word
+        elif word in DIRECTIONS:
+            slots["direction"] = word
+    if not slots and {"drawer", "cabinet", "handle"} & set(words):
+        slots = dict(way="close") if {"close", "shut", "push"} & set(words) else dict(way="open")
+    fitting = [task for task in TASKS if set(TASKS[task].slots) == set(slots)]
+    if not fitting or sum(w in COLORS for w in words) > 2:
+        named = ", ".join(w for w in words if w in COLORS or w in DIRECTIONS) or "none"
+        raise ValueError(f"what to do is not clear from {text!r}: it should name a block's colour ({', '.join(COLORS)}), and a "
+                         f"target's or a second block's colour or {', '.join(DIRECTIONS)} if need be, or the drawer; it names {named}")
+    if len(fitting) > 1:
+        alike = lambda p: len(set(words) & set(p := fill(p, slots).split())) / len(set(words) | set(p))
+        fitting.sort(key=lambda task: -max(alike(p) for p in TASKS[task].sentences))
+    return fitting[0], slots
 
 
 # ----------------------------------------------------------------------------- the scene
@@ -91,9 +151,9 @@ def scene_xml(n_blocks=N_BLOCKS, n_pads=N_PADS):
     joints = [
         ("0 0 .333", "1 0 0 0", "-2.8973 2.8973", 3.0, 4500, "0 0 -.19 0 0 -.02 .062"),
         ("0 0 0", "1 -1 0 0", "-1.7628 1.7628", 3.0, 4500, "0 0 -.06 0 0 .06 .06"),
-        ("0 -.316 0", "1 1 0 0", "-2.8973 2.8973", 2.5, 3500, "0 0 -.24 0 0 -.03 .055"),
+        ("0 -.316 0", "1 1 0 0", "-2.8973 2.8973", 2.5, 3500, "0 0 -.24 .05 0 -.02 .055"),
         (".0825 0 0", "1 1 0 0", "-3.0718 -.0698", 2.5, 3500, "0 0 -.05 0 0 .05 .052"),
-        ("-.0825 .384 0", "1 -1 0 0", "-2.8973 2.8973", 2.0, 2000, "0 0 -.27 0 .03 -.08 .048"),
+        ("-.0825 .384 0", "1 -1 0 0", "-2.8973 2.8973", 2.0, 2000, ".06 0 -.33 0 .03 -.08 .048"),
         ("0 0 0", "1 1 0 0", "-.0175 3.7525", 1.5, 2000, "0 0 -.03 .05 0 0 .045"),
         (".088 0 0", "1 1 0 0", "-2.8973 2.8973", 0.7, 2000, "0 0 .02 0 0 .07 .042"),
     ]
@@ -120,6 +180,15 @@ def scene_xml(n_blocks=N_BLOCKS, n_pads=N_PADS):
     # a coloured disc with a white middle: a flat target, unlike a block of the same colour
     pads = "".join(f'<body name="pad{i}"><geom name="pad{i}" type="cylinder" size="{PAD_RADIUS} .0008"/>'
                    f'<geom type="cylinder" size=".016 .0012" rgba=".95 .95 .95 1"/></body>' for i in range(n_pads))
+    # the drawer slides out of its cabinet, away from the robot, and is drawn by the handle on its front edge
+    x, y, z = HANDLE
+    cabinet = (f'<body name="cabinet" pos="{x} {y} 0"><geom name="cabinet" type="box" pos="-.085 0 .03" size=".065 .06 .03" '
+               'rgba=".42 .27 .15 1" contype="1" conaffinity="1"/></body>'
+               f'<body name="drawer" pos="{x} {y} 0"><joint name="drawer" type="slide" axis="1 0 0" range="0 {DRAWER}" damping="6" '
+               'frictionloss=".3"/><geom name="drawer" type="box" pos="-.065 0 .02" size=".08 .052 .0185" mass=".25" '
+               'rgba=".70 .50 .30 1" contype="1" conaffinity="1"/>'
+               f'<geom name="handle" type="box" pos="0 0 {z}" size=".01 .012 .025" mass=".02" rgba=".97 .95 .88 1" friction="1.2 .05 .001" '
+               'condim="4" contype="1" conaffinity="1"/></body>')
     servos = "".join(f'<position name="servo{i}" joint="joint{i}" kp="{kp}" kv="{kp * .045:.0f}"/>'
                      for i, (_, _, _, _, kp, _) in enumerate(joints, 1))
     return f"""<mujoco model="picovla">
@@ -131,11 +200,12 @@ def scene_xml(n_blocks=N_BLOCKS, n_pads=N_PADS):
   </default>
   <worldbody>
     <light pos=".6 -.4 1.6" dir="-.1 .3 -1"/>
-    <camera name="front" pos=".92 0 .72" xyaxes="0 1 0 -.848 0 .530" fovy="38"/>
+    <camera name="front" pos=".92 0 .72" xyaxes="0 1 0 -.848 0 .530" fovy="43"/>
     <camera name="top" pos=".5 0 1.05" xyaxes="0 -1 0 1 0 0" fovy="34"/>
     <geom name="table" type="plane" group="0" size="0 0 .1" rgba=".42 .40 .38 1" contype="1" conaffinity="1" friction="1 .05 .001"/>
-    {arm}{blocks}{pads}
+    {arm}{blocks}{pads}{cabinet}
   </worldbody>
+  <contact><exclude body1="cabinet" body2="drawer"/></contact>
   <equality><joint joint1="finger_left" joint2="finger_right"/></equality>
   <actuator>{servos}
     <position name="grip" joint="finger_left" kp="900" forcerange="-12 12"/>
@@ -157,24 +227,30 @@ class RayCamera:
 
     def __init__(self, model, name, size=IMAGE_SIZE):
         self.model, self.id, self.size = model, model.camera(name).id, size
+        self.table = model.geom("table").id
+        self.solid = np.flatnonzero(np.arange(model.ngeom) != self.table)
+        self.outermost = [0, size - 1, size * size - size, size * size - 1]
+        self.geom = np.empty((size, size), np.int32)           # geom id at each pixel of the last picture, -1 for sky
+        self.light, self.strength = self.LIGHT, 1.0
+        self.refit()
+
+    def refit(self):
+        """Takes over the model's field of view and the sizes of its geoms."""
+        model, size = self.model, self.size
         self.half = np.tan(np.deg2rad(model.cam_fovy[self.id]) / 2)
         grid = ((np.arange(size) + 0.5) / size * 2 - 1) * self.half
         x, y = np.meshgrid(grid, -grid)
         rays = np.stack([x, y, -np.ones_like(x)], -1).reshape(-1, 3)
         self.rays = rays / np.linalg.norm(rays, axis=1, keepdims=True)    # camera frame, row-major pixels
-        self.outermost = [0, size - 1, size * size - size, size * size - 1]
-        self.table = model.geom("table").id
-        self.solid = np.flatnonzero(np.arange(model.ngeom) != self.table)
         box = model.geom_aabb[self.solid]                      # centre and half size in the geom's frame
         self.boxes = box[:, :3, None] + self.CORNERS * box[:, 3:, None]   # (geoms, 3, 8)
-        self.geom = np.empty((size, size), np.int32)           # geom id at each pixel of the last picture, -1 for sky
 
     def render(self, data, cull=True):
         """(size, size, 3) uint8 of `data`, which must have had mj_kinematics and mj_camlight."""
         turn, pos = data.cam_xmat[self.id].reshape(3, 3), data.cam_xpos[self.id]
         rgba = self.model.geom_rgba[:, :3].astype(np.float32) * 255
         image = np.empty((self.size * self.size, 3), np.uint8)
-        image[:] = (rgba[self.table] * np.float32(self.AMBIENT + self.DIFFUSE * self.LIGHT[2])).astype(np.uint8)
+        image[:] = (rgba[self.table] * np.float32(self.strength * (self.AMBIENT + self.DIFFUSE * self.light[2]))).clip(0, 255).astype(np.uint8)
         geoms = self.geom.reshape(-1)
         geoms[:] = self.table
         if (self.rays[self.outermost] @ turn[2] >= 0).any():   # the horizon is in the picture
@@ -187,8 +263,8 @@ class RayCamera:
             rays = self.rays[pixels] @ turn.T
             mujoco.mj_multiRay(self.model, data, pos, rays.reshape(-1), groups, True, -1,
                                geom, dist, normal.reshape(-1), n, mujoco.mjMAXVAL)
-            light = np.maximum(normal @ self.LIGHT, 0) * self.DIFFUSE + self.AMBIENT
-            shaded = rgba[geom] * light.astype(np.float32)[:, None]
+            light = self.strength * (np.maximum(normal @ self.light, 0) * self.DIFFUSE + self.AMBIENT)
+            shaded = np.minimum(rgba[geom] * light.astype(np.float32)[:, None], 255)
             # what is sunk into the table is hidden by it
             hit = np.flatnonzero((geom >= 0) & (pos[2] + dist * rays[:, 2] > -1e-9))
             pixels = pixels[hit]
@@ -227,79 +303,140 @@ class RayCamera:
 
 # ----------------------------------------------------------------------------- environment
 class Env:
-    """The pick-and-place world with Gymnasium's five return values (gymnasium itself is not needed).
+    """The table and the arm, with Gymnasium's five return values (gymnasium itself is not needed).
 
-    tasks: names from TASKS, one drawn per episode. cameras: names from CAMERAS; () renders nothing.
+    tasks: names from TASKS, one drawn per episode. cameras: names from CAMERAS; () renders nothing. split: one of SPLITS.
+    randomize: 0..1, how far each of FACTORS may be from normal; randomize_only: the name of one, or None for all.
+    guard: whether the safety guard stands between actions and servos (see step).
     Observations are a dict: <camera>_image (64, 64, 3) uint8; joint_pos (7,) rad; ee_pos (3,) m, between the
     fingertips; ee_vel (3,) m/s; gripper (1,) m between the fingers; object_pos and target_pos (3,) m: the
-    instructed block and its pad, which give the answer away. All but images float32.
+    instructed thing and where it should go, which give the answer away. All but images float32.
     Action: (4,) [dx, dy, dz, gripper] in [-1, 1]; 1 is 3 cm a step; gripper > 0 opens, otherwise it closes.
-    info["violations"] counts what was clipped: to [-1, 1], to the workspace, to the joints' ranges.
+    info["violations"] counts what the guard stopped, info["force"] is the largest contact force on a block so far, N.
     """
 
-    def __init__(self, tasks=("pick_place",), cameras=("front", "wrist"), n_blocks=N_BLOCKS, n_pads=N_PADS):
-        for name, known in [(t, TASKS) for t in tasks] + [(c, CAMERAS) for c in cameras]:
+    def __init__(self, tasks=("pick_place",), cameras=("front", "wrist"), n_blocks=N_BLOCKS, n_pads=N_PADS, split="seen",
+                 randomize=0.0, randomize_only=None, guard=True):
+        for name, known in [(t, TASKS) for t in tasks] + [(c, CAMERAS) for c in cameras] + [(split, SPLITS)] + [
+                (f, FACTORS) for f in [randomize_only] if f is not None]:
             if name not in known:
                 raise ValueError(f"{name!r} is not one of {', '.join(known)}")
-        self.tasks, self.n_blocks, self.n_pads = tuple(tasks), n_blocks, n_pads
-        self.model = m = mujoco.MjModel.from_xml_string(scene_xml(n_blocks, n_pads))
+        if not 0 <= randomize <= 1:
+            raise ValueError(f"randomize is a number from 0 to 1, not {randomize}")
+        self.tasks, self.n_blocks, self.n_pads = tuple(tasks), n_blocks + CROWD * (split == "crowd"), n_pads
+        self.split, self.randomize, self.guard = split, randomize, guard
+        self.factors = tuple(FACTORS) if randomize_only is None else (randomize_only,)
+        self.model = m = mujoco.MjModel.from_xml_string(scene_xml(self.n_blocks, n_pads))
+        self.normal = mujoco.MjModel.from_xml_string(scene_xml(self.n_blocks, n_pads)) if randomize else None
         self.data = mujoco.MjData(m)
         self.arm_model = mujoco.MjModel.from_xml_string(scene_xml(0, 0))    # the arm alone, for the IK
         self.arm = mujoco.MjData(self.arm_model)
         self.cameras = {name: RayCamera(m, name) for name in cameras}
         self.qadr = np.array([m.joint(f"joint{i}").qposadr[0] for i in range(1, 8)])
-        self.fadr = m.joint("finger_left").qposadr[0]
+        self.fadr, self.dadr = m.joint("finger_left").qposadr[0], m.joint("drawer").qposadr[0]
         self.arm_qadr = [self.arm_model.joint(f"joint{i}").qposadr[0] for i in range(1, 8)]
         self.arm_hand = self.arm_model.site("hand").id
         self.limits = m.jnt_range[[m.joint(f"joint{i}").id for i in range(1, 8)]]
         self.hand = m.site("hand").id
         self.grip = m.actuator("grip").id
-        self.block_body = np.array([m.body(f"block{i}").id for i in range(n_blocks)])
+        self.block_body = np.array([m.body(f"block{i}").id for i in range(self.n_blocks)])
         self.block_qadr = np.array([m.joint(m.body_jntadr[b]).qposadr[0] for b in self.block_body])
         self.block_vadr = np.array([m.joint(m.body_jntadr[b]).dofadr[0] for b in self.block_body])
-        self.block_geom = np.array([m.geom(f"block{i}").id for i in range(n_blocks)])
+        self.block_geom = np.array([m.geom(f"block{i}").id for i in range(self.n_blocks)])
         self.pad_body = np.array([m.body(f"pad{i}").id for i in range(n_pads)])
         self.pad_geom = np.array([m.geom(f"pad{i}").id for i in range(n_pads)])
-        self.object_geom = np.concatenate([self.block_geom, self.pad_geom])
+        self.thing_geom = np.array([*self.block_geom, *self.pad_geom, m.geom("handle").id])
+        self.handle = len(self.thing_geom) - 1                 # its index among the things
+        self.is_block = np.isin(np.arange(m.ngeom), self.block_geom)
         self.fingers = [m.geom("finger_left").id, m.geom("finger_right").id]
-        self.block_of = {g: i for i, g in enumerate(self.block_geom.tolist())}
+        self.thing_of = {g: i for i, g in enumerate(self.thing_geom.tolist())}
 
     # -- setting up
     def reset(self, seed=None, options=None):
-        """New scene, a function of `seed` (int; None draws one). options: dict(instruction=sentence, task=name)
-        sets the sentence by hand. Returns (obs, info). Raises ValueError if a colour is not in the scene."""
+        """New scene, a function of `seed` (int; None draws one). options: dict(instruction=sentence, task=name,
+        slots=some of them) sets them by hand. Returns (obs, info). Raises ValueError if the sentence does not fit the scene."""
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
-        self.rng = rng = np.random.default_rng(self.seed)
-        m, d, options = self.model, self.data, options or {}
+        rng, options = np.random.default_rng(self.seed), options or {}
+        task, text = options.get("task") or self.tasks[rng.integers(len(self.tasks))], options.get("instruction")
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}")
+        if self.randomize:
+            self._randomize(np.random.default_rng([self.seed, 7]))
+        for _ in range(1000):
+            self._new_scene(rng)
+            TASKS[task].setup(self, rng)
+            request = self.draw_request(rng, (task,), self.split == "combo", only=options.get("slots") or {})
+            if text or request:
+                break
+        else:
+            raise ValueError(f"no scene has something held out to ask for in task {task}" if self.split == "combo" else
+                             f"no scene allows task {task}")
+        if text:
+            self.set_instruction(text, options.get("task"))
+        else:
+            self.set_request(request, make_instruction(*request, rng, self.split == "phrasing"))
+        return self.observe(), self._info()
+
+    def _new_scene(self, rng):
+        m, d = self.model, self.data
         mujoco.mj_resetData(m, d)
         names = list(COLORS)
         self.block_colors = [names[i] for i in rng.permutation(len(names))[:self.n_blocks]]
         self.pad_colors = [names[i] for i in rng.permutation(len(names))[:self.n_pads]]
-        for geoms, colors in ((self.block_geom, self.block_colors), (self.pad_geom, self.pad_colors)):
-            m.geom_rgba[geoms, :3] = [COLORS[c] for c in colors]
+        for geom, color in zip(self.thing_geom, self.block_colors + self.pad_colors):
+            m.geom_rgba[geom, :3] = COLORS[color]
+        if self.randomize and "color" in self.factors:
+            m.geom_rgba[self.thing_geom[:-1], :3] += self.randomize * FACTORS["color"][1] * rng.uniform(-1, 1, (self.handle, 3))
+            m.geom_rgba[:, :3] = m.geom_rgba[:, :3].clip(0, 1)
+        self.half = m.geom_size[self.block_geom, 0]            # m, of each block
         spots = self._free_spots(rng)
         for i, q in enumerate(self.block_qadr):
             yaw = rng.uniform(-0.25, 0.25)                     # rad; the gripper does not turn
-            d.qpos[q:q + 7] = [*spots[i], BLOCK, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+            d.qpos[q:q + 7] = [*spots[i], self.half[i], np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
         m.body_pos[self.pad_body] = [[*s, 0] for s in spots[self.n_blocks:]]
+        d.qpos[self.dadr] = np.clip(rng.uniform(-0.4, 1.4), 0, 1) * DRAWER       # often shut or wide open
         self.command = np.array([rng.uniform(0.38, 0.6), rng.uniform(-0.2, 0.2), rng.uniform(0.14, 0.26)])
         self.q_command = HOME.copy()
-        self.steps = self.done_steps = self.violations = 0
-        self.touched = None
+        self.guarded, self.force, self.last_force = dict.fromkeys(GUARDS, 0), 0.0, 0.0
         for _ in range(20):
             self._solve_ik(self.command)
         d.qpos[self.qadr] = d.ctrl[:7] = self.q_command
         d.qpos[[self.fadr, self.fadr + 1]] = d.ctrl[self.grip] = GRIPPER_OPEN
+        self.delayed = np.array([0, 0, 0, 1.0]) if self.late else None
+        self.meddled, self.lifted, self.waiting = set(), np.zeros(self.n_blocks, bool), np.zeros(self.n_blocks, bool)
         self._refresh(moved=False)
-        self.task = options.get("task") or self.tasks[rng.integers(len(self.tasks))]
-        if self.task not in TASKS:
-            raise ValueError(f"task {self.task!r} is not one of {', '.join(TASKS)}")
-        text = options.get("instruction")
-        if text is None:
-            block, pad = self.valid_pairs()[rng.integers(len(self.valid_pairs()))]
-            text = make_instruction(self.task, dict(block=self.block_colors[block], pad=self.pad_colors[pad]), rng)
-        self.set_instruction(text)
-        return self.observe(), self._info()
+
+    late = False                                               # whether actions arrive one control step late
+
+    def _randomize(self, rng):
+        """Draws a world around the normal one. Every factor takes its numbers, so that one alone is as in all at once."""
+        m, normal, cameras = self.model, self.normal, self.cameras.values()
+        draw = {name: rng.uniform(-1, 1, 32) * self.randomize * (name in self.factors) for name in FACTORS}
+        size = {name: FACTORS[name] for name in FACTORS}
+        for camera in cameras:
+            light = RayCamera.LIGHT + size["light"][0] * draw["light"][:3]
+            camera.light = light / np.linalg.norm(light) * np.linalg.norm(RayCamera.LIGHT)
+            camera.strength = 1 + size["light"][1] * draw["light"][3]
+        m.geom_rgba[:] = normal.geom_rgba
+        m.geom_rgba[m.geom("table").id, :3] += size["color"][0] * draw["color"][:3]
+        m.cam_pos[:] = normal.cam_pos + size["camera"][0] * draw["camera"][:9].reshape(3, 3)
+        m.cam_fovy[:] = normal.cam_fovy + size["camera"][1] * draw["camera"][9:12]
+        self.pixel_noise = size["noise"][0] * abs(draw["noise"][0])
+        m.geom_friction[:, 0] = normal.geom_friction[:, 0] * (1 + size["friction"][0] * draw["friction"][0])
+        scale, mass = (1 + s * draw["mass"][k:k + self.n_blocks] for k, s in ((0, size["mass"][1]), (8, size["mass"][0])))
+        geoms, bodies = self.block_geom, self.block_body
+        m.geom_size[geoms], m.geom_rbound[geoms] = normal.geom_size[geoms] * scale[:, None], normal.geom_rbound[geoms] * scale
+        m.geom_aabb[geoms] = normal.geom_aabb[geoms] * scale[:, None]
+        m.body_mass[bodies] = normal.body_mass[bodies] * mass
+        m.body_inertia[bodies] = normal.body_inertia[bodies] * (mass * scale ** 2)[:, None]
+        m.dof_damping[:] = normal.dof_damping * (1 + size["damping"][0] * draw["damping"][0])
+        servo = 1 + size["servo"][0] * draw["servo"][:7, None]
+        m.actuator_gainprm[:7], m.actuator_biasprm[:7] = normal.actuator_gainprm[:7] * servo, normal.actuator_biasprm[:7] * servo
+        self.late = bool(rng.random() < 0.5 * self.randomize) and "delay" in self.factors
+        self.pixels = np.random.default_rng([self.seed, 8])
+        mujoco.mj_setConst(m, mujoco.MjData(m))                # what follows from the masses
+        for camera in cameras:
+            camera.refit()
 
     def _free_spots(self, rng):
         """Places (n_blocks + n_pads, 2) at least 10 cm apart, 12 cm between pads."""
@@ -317,44 +454,99 @@ class Env:
             else:
                 return np.array(spots)
 
-    def valid_pairs(self):
-        """(block, pad) index pairs that can be asked for now: the pad is free and the block is not there yet."""
-        gap = np.linalg.norm(self.block_pos[:, None, :2] - self.pad_pos[None, :, :2], axis=-1)
-        taken = gap < 0.07
-        return [(b, p) for p in range(self.n_pads) if not taken[:, p].any() for b in range(self.n_blocks)]
+    # -- requests: (task, slots), e.g. ("push", dict(block="red", direction="left"))
+    def resolve(self, slots):
+        """What the words mean in this scene: indices of blocks and pads, a unit vector (2,) for a direction. These are the
+        arguments of a Task's methods. Raises ValueError, in one sentence, for a colour that is not there."""
+        found = dict(slots)
+        for slot, colors, kind in (("block", self.block_colors, "block"), ("lower", self.block_colors, "block"), ("pad", self.pad_colors, "pad")):
+            if slot in slots:
+                if slots[slot] not in colors:
+                    raise ValueError(f"there is no {slots[slot]} {kind} in this scene (seed {self.seed}); it has "
+                                     f"{', '.join(self.block_colors)} blocks and {', '.join(self.pad_colors)} pads")
+                found[slot] = colors.index(slots[slot])
+        if "direction" in slots:
+            found["direction"] = np.array(DIRECTIONS[slots["direction"]], float)
+        return found
 
-    def set_instruction(self, text):
+    def requests(self, task):
+        """All slots of the task that this scene has words for."""
+        words = SLOTS | dict(block=self.block_colors, lower=self.block_colors, pad=self.pad_colors)
+        return [dict(zip(TASKS[task].slots, chosen)) for chosen in itertools.product(*(words[slot] for slot in TASKS[task].slots))]
+
+    def can_ask(self, task, slots):
+        """Whether it can be done from here and is not done yet."""
+        return TASKS[task].possible(self, **self.resolve(slots))
+
+    def draw_request(self, rng, tasks=None, combo=False, avoid=None, only={}):
+        """A (task, slots) that could be asked for now, other than `avoid`, the task drawn first; None if there is none.
+        combo: True for held-out combinations alone, False for the others, None for either. only: slots that it must have."""
+        tasks = tasks or self.tasks
+        for i in rng.permutation(len(tasks)):
+            choice = self.requests(tasks[i])
+            for j in rng.permutation(len(choice)):
+                request = tasks[i], choice[j]
+                if request != avoid and only.items() <= choice[j].items() and combo in (None, is_held_out(*request)) and self.can_ask(*request):
+                    return request
+
+    def things(self, slots):
+        """Indices (2,) among blocks, pads and the handle: what is to be moved, and what it is to be moved to (-1: nothing)."""
+        which = self.resolve(slots)
+        return (which.get("block", self.handle), self.n_blocks + which["pad"] if "pad" in which else which.get("lower", -1))
+
+    def set_instruction(self, text, task=None):
         """The sentence to be obeyed from now on; restarts the clock. Raises ValueError, in one sentence, for one that cannot be."""
-        slots = parse_instruction(text)
-        for kind, have in (("block", self.block_colors), ("pad", self.pad_colors)):
-            if slots[kind] not in have:
-                raise ValueError(f"there is no {slots[kind]} {kind} in this scene (seed {self.seed}); "
-                                 f"it has {', '.join(self.block_colors)} blocks and {', '.join(self.pad_colors)} pads")
-        self.instruction, self.slots = text, slots
-        self.block = self.block_colors.index(slots["block"])
-        self.pad = self.pad_colors.index(slots["pad"])
-        self.steps, self.done_steps, self.touched = 0, 0, None
+        found = parse_instruction(text)
+        if task not in (None, found[0]):
+            raise ValueError(f"{text!r} asks for {found[0]}, not for {task}")
+        self.set_request(found, text)
+
+    def set_request(self, request, text):
+        """The same with the meaning known: (task, slots)."""
+        which = self.resolve(request[1])
+        self.request, self.instruction, self.which = request, text, which
+        (self.task, self.slots), self.steps, self.done_steps, self.touched = request, 0, 0, None
+        self.origin, self.lifted[:], self.meddled = self.block_pos[:, :2].copy(), False, set()
+        self.waiting = self.block_pos[:, 2] > self.half + 0.01           # in the air: its story starts when it is put down
+        self.already = set().union(*self.touching)             # what is in the hand when the sentence comes
 
     # -- stepping
     def step(self, action):
-        """One control step (50 ms). Returns obs, reward, terminated, truncated, info; info["success"] is strict."""
+        """One control step (50 ms). Returns obs, reward, terminated, truncated, info; info["success"] is strict.
+
+        The guard clips the action to [-1, 1], the hand's speed, its place to WORKSPACE and the joints to their ranges
+        less a margin, and backs off where a block is pressed too hard; info["guard"] counts each."""
         action = np.asarray(action, np.float64)
         if action.shape != (4,) or not np.isfinite(action).all():
             raise ValueError(f"an action is 4 finite numbers in [-1, 1], got {action!r}")
-        clipped = np.clip(action, -1, 1)
-        wanted = self.command + clipped[:3] * ACTION_SCALE
-        target = np.clip(wanted, *WORKSPACE)
-        self.violations += int((clipped != action).any()) + int((target != wanted).any())
+        if self.late:
+            action, self.delayed = self.delayed, action
+        safe, counts = action, self.guarded
+        if self.guard:
+            safe = np.clip(action, -1, 1)
+            counts["action"] += int((safe != action).any())
+        motion = safe[:3] * ACTION_SCALE
+        if self.guard and (speed := np.linalg.norm(motion) * CONTROL_HZ) > SPEED_LIMIT:
+            motion, counts["speed"] = motion * SPEED_LIMIT / speed, counts["speed"] + 1
+        target = wanted = self.command + motion
+        if self.guard:
+            if self.last_force > FORCE_LIMIT:
+                wanted, counts["force"] = self.ee_pos + [0, 0, 0.01], counts["force"] + 1
+            target = np.clip(wanted, *WORKSPACE)
+            counts["box"] += int((target != wanted).any())
         self.command = self.ee_pos + np.clip(target - self.ee_pos, -LEASH, LEASH)
         before = self.q_command
         self._solve_ik(self.command)
-        self.data.ctrl[self.grip] = GRIPPER_OPEN if clipped[3] > 0 else 0.0
+        self.data.ctrl[self.grip] = GRIPPER_OPEN if safe[3] > 0 else 0.0
+        self.last_force = 0.0
         for part in RAMP:                                      # a jump of the servos would shake the block loose
             self.data.ctrl[:7] = before + part * (self.q_command - before)
             mujoco.mj_step(self.model, self.data, SUBSTEPS // len(RAMP))
+            self.last_force = max(self.last_force, self._block_force())
+        self.force = max(self.force, self.last_force)
         self.steps += 1
         self._refresh()
-        self.done_steps = self.done_steps + 1 if self.placed(self.block, self.pad) else 0
+        self.done_steps = self.done_steps + 1 if TASKS[self.task].success(self, **self.which) else 0
         info = self._info()
         return self.observe(), self._reward(info["success"]), info["success"], self.steps >= MAX_STEPS, info
 
@@ -373,8 +565,19 @@ class Env:
         home = 0.05 * (HOME - self.q_command)                  # redundancy: drift back to a comfortable elbow
         dual = np.linalg.solve(jac @ jac.T + 1e-4 * np.eye(6), error - jac @ home)
         q = self.q_command + jac.T @ dual + home
-        self.q_command = np.clip(q, self.limits[:, 0] + 0.02, self.limits[:, 1] - 0.02)
-        self.violations += int((q != self.q_command).any())
+        margin = JOINT_MARGIN if self.guard else 0.0
+        self.q_command = np.clip(q, self.limits[:, 0] + margin, self.limits[:, 1] - margin)
+        self.guarded["joint"] += int(self.guard and (q != self.q_command).any())
+
+    def _block_force(self):
+        """Largest normal force, N, at any contact of a block in the last physics step."""
+        contact = self.data.contact
+        rows = np.flatnonzero(self.is_block[contact.geom].any(1) & (contact.efc_address >= 0))
+        if not len(rows):
+            return 0.0
+        first, sides = contact.efc_address[rows], 2 * (contact.dim[rows] - 1)      # the edges of the friction pyramid
+        total = np.concatenate([[0.0], self.data.efc_force.cumsum()])
+        return float((total[first + sides] - total[first]).max())
 
     def _refresh(self, moved=True):
         """Brings what the rest reads up to date with the state: poses, hand velocity, contacts."""
@@ -385,108 +588,374 @@ class Env:
         self.ee_vel = (d.site_xpos[self.hand] - before) * CONTROL_HZ
         self.ee_pos = d.site_xpos[self.hand].copy()
         self.opening = d.qpos[self.fadr] + d.qpos[self.fadr + 1]
+        self.drawer = d.qpos[self.dadr]                        # m, 0 is shut
         self.block_pos = d.xpos[self.block_body]
         self.pad_pos = d.xpos[self.pad_body]
-        touching = [set(), set()]                              # blocks at the left and the right finger
+        self.thing_pos = np.concatenate([self.block_pos, self.pad_pos, [HANDLE + [self.drawer, 0, 0]]])
+        self.touching = [set(), set()]                         # things at the left and the right finger
         for a, b in d.contact.geom.tolist():
             for side, finger in enumerate(self.fingers):
-                if finger in (a, b) and (other := b if a == finger else a) in self.block_of:
-                    touching[side].add(self.block_of[other])
-        both = touching[0] & touching[1]
-        self.held = min(both) if both else None                # index of the block between the fingers
-        if self.touched is None and (touching[0] | touching[1]):
-            self.touched = self.block_colors[min(both or touching[0] | touching[1])]
+                if finger in (a, b) and (other := b if a == finger else a) in self.thing_of:
+                    self.touching[side].add(self.thing_of[other])
+        both = self.touching[0] & self.touching[1] if self.opening > 0.012 else set()
+        if self.handle in self.touching[0] | self.touching[1] and 0.018 < self.opening < 0.03:
+            both.add(self.handle)                              # it does not give way: one finger may just be off it
+        self.grasped = min(both, key=lambda i: np.linalg.norm(self.thing_pos[i] - self.ee_pos)) if both else None
+        # the thing between the fingers (its index), and the same if it is a block
+        self.held = self.grasped if self.grasped != self.handle else None
+        high = self.block_pos[:, 2] > self.half + 0.01
+        self.lifted |= high & ~self.waiting                    # since the sentence came
+        for i in np.flatnonzero(self.waiting & ~high):
+            if i != self.held:
+                self.origin[i], self.waiting[i] = self.block_pos[i, :2], False
+        if moved:
+            now = set().union(*self.touching)
+            self.already &= now
+            new = [i for i in now - self.already if i < self.n_blocks]
+            self.meddled.update(new)                           # blocks touched since the sentence came
+            if self.touched is None and new:
+                self.touched = self.block_colors[min(new)]
 
-    def placed(self, block, pad):
-        """Strict success, this instant: the block rests near the pad's centre, released, with the hand withdrawn."""
-        b, v = self.block_pos[block], self.block_vadr[block]
-        return bool(np.hypot(*(b - self.pad_pos[pad])[:2]) < SUCCESS_RADIUS and abs(b[2] - BLOCK) < 0.005
-                    and np.abs(self.data.qvel[v:v + 3]).max() < 0.02 and self.held != block
-                    and self.opening > 0.055 and self.ee_pos[2] > b[2] + 0.06)
+    def at_rest(self, block):
+        """Whether it lies or stands still, released, and the hand has withdrawn upwards."""
+        v = self.block_vadr[block]
+        return bool(np.abs(self.data.qvel[v:v + 3]).max() < 0.02 and self.held != block and self.opening > 0.055
+                    and self.ee_pos[2] > self.block_pos[block, 2] + 0.06)
 
     def _reward(self, success):
-        """Shaped, in [0, 1]: reaching up to 0.2, holding 0.2, carrying up to 0.4; 1 on success."""
-        b, p = self.block_pos[self.block], self.pad_pos[self.pad]
+        """Shaped, in [0, 1]: reaching up to 0.2, holding 0.2, distance to the target up to 0.4; 1 on success."""
         if success:
             return 1.0
-        near = 1 - np.tanh(5 * np.linalg.norm(b - self.ee_pos))
-        there = 1 - np.tanh(5 * np.hypot(*(b - p)[:2]))
-        return float(0.2 * near + 0.2 * (self.held == self.block) + 0.4 * there)
+        thing = self.things(self.slots)[0]
+        near = 1 - np.tanh(5 * np.linalg.norm(self.thing_pos[thing] - self.ee_pos))
+        there = 1 - np.tanh(5 * np.linalg.norm(self.thing_pos[thing] - self.target()))
+        return float(0.2 * near + 0.2 * (self.grasped == thing) + 0.4 * there)
 
     def _info(self):
-        return dict(instruction=self.instruction, task=self.task, success=self.done_steps >= SUCCESS_STEPS,
-                    touched=self.touched, violations=self.violations,
+        return dict(instruction=self.instruction, task=self.task, success=self.done_steps >= SUCCESS_STEPS, touched=self.touched,
+                    violations=sum(self.guarded.values()), guard=dict(self.guarded), force=self.force,
                     diverged=bool(self.data.warning.number.any()), **self.slots)
+
+    def target(self, request=None):
+        """Where the thing should go (3,) m, for the instructed (task, slots) or another."""
+        task, which = (self.task, self.which) if request is None else (request[0], self.resolve(request[1]))
+        return TASKS[task].target(self, **which)
 
     def observe(self):
         """The observation dict of this instant; see the class."""
         d = self.data
         obs = {f"{name}_image": camera.render(d) for name, camera in self.cameras.items()}
+        if self.randomize and self.pixel_noise:
+            for name, image in obs.items():
+                noise = self.pixels.normal(0, self.pixel_noise, image.shape)
+                obs[name] = (image + noise).clip(0, 255).astype(np.uint8)
         state = dict(joint_pos=d.qpos[self.qadr], ee_pos=self.ee_pos, ee_vel=self.ee_vel, gripper=[self.opening],
-                     object_pos=self.block_pos[self.block], target_pos=self.pad_pos[self.pad])
+                     object_pos=self.thing_pos[self.things(self.slots)[0]], target_pos=self.target())
         return obs | {k: np.array(v, np.float32) for k, v in state.items()}
 
 
-# ----------------------------------------------------------------------------- the expert
-TRAVEL = 0.13                          # m, height of the hand when moving sideways
-GRASP = 0.019                          # m, height of the hand when closing
+# ----------------------------------------------------------------------------- the expert's movements
+TRAVEL = 0.115                         # m, height of the hand when moving sideways
 
 
-def expert(env, block=None, pad=None):
-    """The scripted expert's action (4,) float32 for the instructed block and pad, or those with the given indices:
-    a memoryless function of the privileged state.
-
-    | what it sees                                  | what it does                                     |
-    | the block rests on its pad                    | opens, rises straight up                         |
-    | another block between the fingers             | carries it to the nearest free spot, lets go     |
-    | the right block between the fingers           | carries it to the pad                            |
-    | the block within reach of the open fingers    | closes                                           |
-    | anything else                                 | opens, moves over the block, descends            |
-    """
-    wanted = env.block if block is None else block
-    hand, block, pad = env.ee_pos, env.block_pos[wanted], env.pad_pos[env.pad if pad is None else pad]
-    if np.hypot(*(block - pad)[:2]) < 0.02 and block[2] < BLOCK + 0.004:
-        return _act([0, 0, TRAVEL - hand[2]], 1)
-    if env.held is not None:
-        load = env.block_pos[env.held]
-        if env.held == wanted:
-            goal = pad[:2]
-        else:
-            goal = _free_spot(env, load)
-            if np.hypot(*(load[:2] - goal)) < 0.02 and load[2] < BLOCK + 0.004:
-                return _act([0, 0, TRAVEL - hand[2]], 1)
-        return _act(_approach(hand, goal - load[:2], BLOCK - 0.005 + hand[2] - load[2]), -1)
-    gap = np.hypot(*(block - hand)[:2])
-    if gap < 0.012 and hand[2] < block[2] + 0.008:
-        return _act([0, 0, 0], -1)
-    low = max(block[2] - BLOCK + GRASP, GRASP) if env.opening > 0.055 else TRAVEL
-    return _act(_approach(hand, (block - hand)[:2], low), 1)
+def expert(env, request=None):
+    """The scripted expert's action (4,) float32 for the instruction, or for another (task, slots): a memoryless function of
+    the privileged state. Each Task draws the table of its phases; these movements are what they are made of."""
+    task, which = (env.task, env.which) if request is None else (request[0], env.resolve(request[1]))
+    return TASKS[task].expert(env, **which)
 
 
-def _approach(hand, across, low):
-    """Motion (3,) in m that goes `across` (2,) m at TRAVEL height and down to `low` m in a funnel over the goal."""
-    far = np.hypot(*across)
-    height = np.clip(low + 6 * (far - 0.008), low, TRAVEL)
-    if far > 0.03:                                             # first rise, then travel
-        across = across * np.clip((hand[2] - 0.06) / 0.05, 0, 1)
-    return [*across, height - hand[2]]
-
-
-def _act(motion, gripper):
-    """Speed-limited action towards `motion` (3,) m."""
+def act(motion, gripper):
+    """Speed-limited action towards `motion` (3,) m; gripper 1 opens, -1 closes."""
     a = 0.6 * np.asarray(motion) / ACTION_SCALE
     a[:2] /= max(1.0, np.hypot(*a[:2]))
     return np.array([*a[:2], np.clip(a[2], -0.8, 0.8), gripper], np.float32)
 
 
-def _free_spot(env, load):
+def approach(hand, across, low):
+    """Motion (3,) in m that goes `across` (2,) m at TRAVEL height and down to `low` m in a funnel over the goal."""
+    far = np.hypot(*across)
+    height = np.clip(low + 6 * (far - 0.008), low, max(TRAVEL, low))
+    if far > 0.03:                                             # first rise, then travel
+        across = across * np.clip((hand[2] - 0.06) / 0.05, 0, 1)
+    return [*across, height - hand[2]]
+
+
+def let_go(env):
+    """Opens and rises straight up."""
+    return act([0, 0, TRAVEL + 0.01 * (env.ee_pos[2] > 0.08) - env.ee_pos[2]], 1)
+
+
+def grasp(env, thing):
+    """Opens, moves over the thing, descends, closes."""
+    hand, at = env.ee_pos, env.thing_pos[thing]
+    if np.hypot(*(at - hand)[:2]) < 0.012 and hand[2] < at[2] + 0.015 and env.ee_vel[2] > -0.2:
+        return act([0, 0, at[2] + 0.009 - hand[2]], -1)
+    return act(approach(hand, (at - hand)[:2], at[2] + 0.009 if env.opening > 0.055 else TRAVEL), 1)
+
+
+def carry(env, spot, height):
+    """Brings the block in the hand over `spot` (2,) m and down until its centre is at `height` m."""
+    load = env.block_pos[env.held]
+    x, y, z = approach(env.ee_pos, spot - load[:2], height - 0.003 + env.ee_pos[2] - load[2])
+    return act([x, y, z if z > 0 else 0.5 * z], -1)            # set down gently
+
+
+def put_away(env):
+    """Puts the block in the hand, which is not wanted there, on the nearest free spot."""
+    load, rest = env.block_pos[env.held], env.half[env.held]
+    spot = free_spot(env, load)
+    if np.hypot(*(load[:2] - spot)) < 0.02 and load[2] < rest + 0.004:
+        return let_go(env)
+    return carry(env, spot, rest)
+
+
+def free_spot(env, load):
     """Place (2,) nearest to `load` (3,), 9 cm clear of every pad and other block, to put a wrong block down on."""
     x, y = np.meshgrid(np.arange(AREA[0, 0], AREA[1, 0], 0.03), np.arange(AREA[0, 1], AREA[1, 1], 0.03))
-    spots = np.concatenate([load[None, :2], np.stack([x, y], -1).reshape(-1, 2)])
+    spots = np.stack([x, y], -1).reshape(-1, 2)
+    if (AREA[0] - 0.02 < load[:2]).all() and (load[:2] < AREA[1] + 0.02).all():
+        spots = np.concatenate([load[None, :2], spots])
     others = [p[:2] for i, p in enumerate(env.block_pos) if i != env.held] + [p[:2] for p in env.pad_pos]
     clear = np.linalg.norm(spots[:, None] - np.array(others), axis=-1).min(1)
     cost = np.linalg.norm(spots - load[:2], axis=-1) + 10 * np.maximum(0.09 - clear, 0)
     return spots[cost.argmin()]
+
+
+def graspable(env, block):
+    """Whether the block is within reach, nothing is on it and the fingers have room around it."""
+    at, others = env.block_pos[block], np.delete(env.block_pos, block, 0)
+    away = np.linalg.norm(others[:, :2] - at[:2], axis=1)
+    return bool((np.abs(at[:2] - (0.5, 0.05)) < (0.2, 0.26)).all() and not ((away < 0.07) & (others[:, 2] > at[2] - 0.03)).any())
+
+
+# ----------------------------------------------------------------------------- the tasks
+class Task:
+    """One kind of request. Its methods get the scene and the meaning of its slots by name (Env.resolve): indices of blocks
+    and pads, a unit vector for a direction.
+
+    slots: names from SLOTS. sentences: patterns with those slots in braces, the last two held out from demonstrations.
+    setup(env, rng): changes a new scene if the task needs it. possible(env, ..): can it be asked for now?
+    target(env, ..): where the thing should go (3,) m. success(env, ..): is it done, this instant? expert(env, ..): (4,)."""
+    slots = sentences = ()
+
+    def setup(self, env, rng):
+        pass
+
+
+class PickPlace(Task):
+    """| what the expert sees                      | what it does                                     |
+    | the block rests on its pad                   | lets go                                          |
+    | another block between the fingers            | puts it away on the nearest free spot            |
+    | the right block between the fingers          | carries it to the pad                            |
+    | anything else                                | grasps the block                                 |"""
+    slots = ("block", "pad")
+    sentences = (
+        "pick up the {block} block and place it at the {pad} target",
+        "grasp the {block} cube and move it to the {pad} target location",
+        "move the {block} object to the {pad} marker",
+        "grab the {block} cube and place it at the {pad} goal",
+        "lift the {block} block then set it on the {pad} target",
+        "pick up the {block} object and transport it to the {pad} target zone",
+        "grasp and relocate the {block} block to the {pad} spot",
+        "put the {block} cube down on the {pad} marker",
+        "pick the {block} block and put it on the {pad} target",
+        "grab the {block} object and set it down at the {pad} spot")
+
+    def possible(self, env, block, pad):
+        return graspable(env, block) and not (np.linalg.norm(env.block_pos[:, :2] - env.pad_pos[pad, :2], axis=1) < 0.07).any()
+
+    def target(self, env, block, pad):
+        return env.pad_pos[pad]
+
+    def success(self, env, block, pad):
+        """Rests within 3 cm of the pad's centre."""
+        at = env.block_pos[block]
+        return bool(np.hypot(*(at - env.pad_pos[pad])[:2]) < 0.03 and abs(at[2] - env.half[block]) < 0.005 and env.at_rest(block))
+
+    def expert(self, env, block, pad):
+        at, goal = env.block_pos[block], env.pad_pos[pad]
+        if np.hypot(*(at - goal)[:2]) < 0.02 and at[2] < env.half[block] + 0.004:
+            return let_go(env)
+        if env.held not in (None, block):
+            return put_away(env)
+        return carry(env, goal[:2], env.half[block]) if env.held == block else grasp(env, block)
+
+
+class Lift(Task):
+    """| another block between the fingers          | puts it away                                     |
+    | the right block between the fingers          | rises                                            |
+    | anything else                                | grasps the block                                 |"""
+    slots = ("block",)
+    sentences = (
+        "pick up the {block} block",
+        "lift the {block} cube",
+        "raise the {block} block",
+        "grab the {block} object and hold it up",
+        "take the {block} cube off the table",
+        "lift up the {block} object",
+        "hold the {block} block in the air",
+        "grasp the {block} cube and raise it",
+        "grab the {block} block and lift it",
+        "raise the {block} object off the table")
+    HEIGHT = 0.10                                              # m, under the block
+
+    def possible(self, env, block):
+        return graspable(env, block) and env.block_pos[block, 2] < env.half[block] + self.HEIGHT
+
+    def target(self, env, block):
+        return np.array([*env.block_pos[block, :2], 0.17])
+
+    def success(self, env, block):
+        """In the gripper, 10 cm above the table, no other block touched."""
+        return bool(env.held == block and env.block_pos[block, 2] - env.half[block] > self.HEIGHT and env.meddled <= {block})
+
+    def expert(self, env, block):
+        if env.held == block:
+            return act([0, 0, 0.17 - env.block_pos[block, 2]], -1)
+        return grasp(env, block) if env.held is None else put_away(env)
+
+
+class Push(Task):
+    """| a block between the fingers                | puts it away                                     |
+    | the block right ahead of the lowered hand    | pushes on, slowly, keeping behind its middle     |
+    | anything else                                | closes the fingers, goes behind the block        |"""
+    slots = ("block", "direction")
+    sentences = (
+        "push the {block} block {towards}",
+        "slide the {block} cube {direction}",
+        "shove the {block} object {towards}",
+        "push the {block} cube {direction}",
+        "nudge the {block} block {towards}",
+        "move the {block} block {direction} without lifting it",
+        "slide the {block} object {towards} on the table",
+        "push against the {block} cube to move it {direction}",
+        "slide the {block} block {towards}",
+        "shove the {block} cube {direction} without lifting it")
+    BEHIND, HEIGHT, SPEED = 0.055, 0.022, 0.009                # m, m, m per control step
+
+    def possible(self, env, block, direction):
+        at, start = env.block_pos[block], env.block_pos[block, :2] - self.BEHIND * direction
+        end = at[:2] + 0.14 * direction
+        others = np.delete(env.block_pos, block, 0)[:, :2] - at[:2]
+        along, across = others @ direction, np.abs(others @ direction[::-1])
+        return bool(at[2] < env.half[block] + 0.01 and graspable(env, block) and (end > (0.31, -0.19)).all() and (end < (0.71, 0.29)).all()
+                    and (start > (0.31, -0.24)).all() and (start < (0.70, 0.30)).all()
+                    and not ((along > -0.13) & (along < 0.22) & (across < 0.075)).any())
+
+    def target(self, env, block, direction):
+        """Always ahead of it: where it came from cannot be seen."""
+        return env.block_pos[block] + 0.1 * np.array([*direction, 0])
+
+    def success(self, env, block, direction):
+        """Moved 8 cm that way since the sentence, at most 4 cm sideways, never lifted."""
+        moved = env.block_pos[block, :2] - env.origin[block]
+        return bool(moved @ direction >= 0.08 and abs(moved @ direction[::-1]) <= 0.04 and not env.lifted[block] and not env.waiting[block])
+
+    def expert(self, env, block, direction):
+        if env.held is not None:
+            return put_away(env)
+        hand, at = env.ee_pos, env.block_pos[block]
+        ahead = (at - hand)[:2] @ direction
+        aside = (at - hand)[:2] - ahead * direction
+        if hand[2] < 0.05 and 0.02 < ahead < 0.085 and np.hypot(*aside) < (0.02 if ahead < 0.045 else 0.01) and env.opening < 0.03:
+            return act([*(self.SPEED / 0.6 * direction + aside), self.HEIGHT - hand[2]], -1)
+        return act(approach(hand, (at - hand)[:2] - self.BEHIND * direction, self.HEIGHT if env.opening < 0.03 else TRAVEL), -1)
+
+
+class Stack(Task):
+    """| the upper block rests on the lower one     | lets go                                          |
+    | another block between the fingers            | puts it away                                     |
+    | the right block between the fingers          | carries it onto the lower one                    |
+    | anything else                                | grasps the upper block                           |"""
+    slots = ("block", "lower")
+    sentences = (
+        "stack the {block} cube on the {lower} cube",
+        "put the {block} block on top of the {lower} block",
+        "place the {block} cube on the {lower} block",
+        "set the {block} object on top of the {lower} cube",
+        "pick up the {block} block and stack it on the {lower} block",
+        "build a tower with the {block} cube on the {lower} cube",
+        "lift the {block} cube onto the {lower} object",
+        "balance the {block} block on the {lower} block",
+        "grab the {block} cube and put it on top of the {lower} block",
+        "stack the {block} object onto the {lower} cube")
+
+    def gap(self, env, block, lower):
+        """Distance sideways and in height, m, from where the upper block belongs."""
+        at, base = env.block_pos[block], env.block_pos[lower]
+        return np.hypot(*(at - base)[:2]), abs(at[2] - base[2] - env.half[block] - env.half[lower])
+
+    def possible(self, env, block, lower):
+        return bool(block != lower and graspable(env, block) and graspable(env, lower) and env.held != lower
+                    and env.block_pos[lower, 2] < env.half[lower] + 0.01)
+
+    def target(self, env, block, lower):
+        return env.block_pos[lower] + [0, 0, env.half[block] + env.half[lower]]
+
+    def success(self, env, block, lower):
+        """Rests on the lower block."""
+        across, height = self.gap(env, block, lower)
+        return bool(across < 0.022 and height < 0.006 and env.at_rest(block))
+
+    def expert(self, env, block, lower):
+        across, height = self.gap(env, block, lower)
+        if across < 0.013 and height < 0.004 and (env.held is None or np.linalg.norm(env.ee_vel) < 0.1):
+            return let_go(env)                                 # not while it still swings
+        if env.held not in (None, block):
+            return put_away(env)
+        x, y, z = self.target(env, block, lower)
+        return carry(env, np.array([x, y]), z) if env.held == block else grasp(env, block)
+
+
+class Drawer(Task):
+    """| the drawer is as it should be              | lets go                                          |
+    | a block between the fingers                  | puts it away                                     |
+    | the handle between the fingers               | draws or pushes it                               |
+    | anything else                                | grasps the handle                                |"""
+    slots = ("way",)
+    sentences = (
+        "{way} the drawer",
+        "{pull} the drawer {opened}",
+        "{way} the cabinet",
+        "{pull} the handle until the drawer is {opened}",
+        "grasp the handle and {way} the drawer",
+        "take the handle and {pull} it until the drawer is {opened}",
+        "move the drawer until it is {opened}",
+        "{way} the drawer of the cabinet",
+        "grasp the handle and {pull} the drawer {opened}",
+        "{pull} the cabinet {opened}")
+
+    def possible(self, env, way):
+        return bool(env.drawer < 0.07 if way == "open" else env.drawer > 0.05)
+
+    def target(self, env, way):
+        return HANDLE + [0.12 if way == "open" else 0, 0, 0]
+
+    def success(self, env, way):
+        """Open at least 10 cm, or shut within 1 cm."""
+        return bool(env.drawer >= 0.10 if way == "open" else env.drawer <= 0.01)
+
+    def expert(self, env, way):
+        if env.drawer > 0.115 if way == "open" else env.drawer < 0.005:
+            return let_go(env)
+        if env.held is not None:
+            return put_away(env)
+        if env.grasped == env.handle:
+            goal = DRAWER if way == "open" else -0.01
+            return act([goal - env.drawer, HANDLE[1] - env.ee_pos[1], HANDLE[2] - env.ee_pos[2]], -1)
+        return grasp(env, env.handle)
+
+
+TASKS = dict(pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), drawer=Drawer())
+
+
+def task_list(text):
+    """["pick_place", "lift"] of "pick_place,lift" or "all". Raises ValueError naming what is allowed."""
+    names = list(TASKS) if text == "all" else text.split(",")
+    if wrong := [n for n in names if n not in TASKS]:
+        raise ValueError(f"{wrong[0]!r} is not one of {', '.join(TASKS)}, nor all")
+    return names
 
 
 # ----------------------------------------------------------------------------- demonstrations
@@ -499,20 +968,22 @@ SENTENCES = 3                          # at most, per scene
 
 def demonstrate(env, seed):
     """Plays one scene; returns ([episode, ...], {reason: dropped}). An episode is one sentence, from the moment it
-    is given until it is done or the next one interrupts it. The expert's action plus noise is executed and the
-    clean action recorded, so that recovery is in the data (DART, arXiv:1703.09327)."""
+    is given until it is done or the next one, of any of the tasks, interrupts it. The expert's action plus noise is executed
+    and the clean action recorded, so that recovery is in the data (DART, arXiv:1703.09327)."""
     rng = np.random.default_rng([seed, 1])
     obs, info = env.reset(seed)
     episodes, dropped = [], {}
     push, push_left, drop_left = np.zeros(3), 0, 0
+    numbers = all_requests(env.tasks)
     for part in range(SENTENCES):
         until = rng.integers(4, 60) if rng.random() < INTERRUPT else MAX_STEPS
         frames = []
         while True:
             action = expert(env)
-            other = another_pair(env, rng)
-            row = dict(obs, actions=action, objects_pos=np.concatenate([env.block_pos, env.pad_pos], dtype=np.float32),
-                       other=np.array(other, np.uint8), other_action=expert(env, *other))
+            other = env.draw_request(rng, avoid=env.request) or env.request
+            goal = np.concatenate([env.thing_pos[env.things(other[1])[0]], env.target(other)], dtype=np.float32)
+            row = dict(obs, actions=action, things_pos=env.thing_pos.astype(np.float32), other=np.uint16(numbers.index(other)),
+                       other_things=np.array(env.things(other[1]), np.int8), other_goal=goal, other_action=expert(env, other))
             for name, camera in env.cameras.items():
                 row[f"{name}_uv"] = seen_at(env, camera)
             noisy = action.astype(np.float64)
@@ -532,7 +1003,7 @@ def demonstrate(env, seed):
             frames.append(row | dict(rewards=np.float32(reward), dones=np.uint8(success)))
             if success or truncated or info["diverged"] or len(frames) >= until:
                 break
-        reason = "diverged" if info["diverged"] else "not done in time" if truncated and not success else None
+        reason = "diverged" if info["diverged"] else f"{env.task} not done in time" if truncated and not success else None
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
         else:
@@ -540,33 +1011,27 @@ def demonstrate(env, seed):
             attrs = dict(instruction=env.instruction, task=env.task, num_samples=len(frames), success=bool(success),
                          interrupted=not success, scene_seed=seed, sentence=part,
                          block_colors=",".join(env.block_colors), pad_colors=",".join(env.pad_colors),
-                         block=env.block, pad=env.pad)
+                         slots=json.dumps(env.slots), request=numbers.index(env.request), things=env.things(env.slots))
             episodes.append((attrs, arrays))
-        if info["diverged"] or truncated or until == MAX_STEPS:
+        request = env.draw_request(rng, avoid=env.request)
+        if info["diverged"] or truncated or until == MAX_STEPS or not request:
             break
-        block, pad = another_pair(env, rng)
-        env.set_instruction(make_instruction(env.task, dict(block=env.block_colors[block], pad=env.pad_colors[pad]), rng))
+        env.set_request(request, make_instruction(*request, rng))
         obs = env.observe()
     return episodes, dropped
 
 
-def another_pair(env, rng):
-    """(block, pad) indices of something else that could be asked for now, or the present pair if nothing can."""
-    others = [pair for pair in env.valid_pairs() if pair != (env.block, env.pad)] or [(env.block, env.pad)]
-    return others[rng.integers(len(others))]
-
-
 def seen_at(env, camera):
-    """(n_blocks + n_pads, 2) float32: where each block and pad is in the picture just rendered, 0..1 (x right,
+    """(things, 2) float32: where each block, each pad and the handle is in the picture just rendered, 0..1 (x right,
     y down), -1 where fewer than 3 pixels of it show. The labels of train.py's grounding loss."""
-    uv = camera.project(env.data, np.concatenate([env.block_pos, env.pad_pos]))
+    uv = camera.project(env.data, env.thing_pos)
     pixels = np.bincount(camera.geom.reshape(-1) + 1, minlength=env.model.ngeom + 1)[1:]
-    shows = (pixels[env.object_geom] >= 3) & (np.abs(uv - 0.5) < 0.5).all(1)
+    shows = (pixels[env.thing_geom] >= 3) & (np.abs(uv - 0.5) < 0.5).all(1)
     return np.where(shows[:, None], uv, -1).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------- the data file
-SCHEMA = "picovla-1"
+SCHEMA = "picovla-2"
 CHUNK = 8                              # frames per compressed chunk of a camera's pictures
 
 
@@ -593,19 +1058,23 @@ def play_scene(seed, env=None):
 def write_episode(file, index, attrs, arrays):
     """Appends one episode.
 
-    attrs: schema, total, seed, tasks, control_hz, sentences (JSON {task: patterns}), env_args (JSON, with the cameras),
-        versions, git_commit, settings, scenes_done, dropped (JSON), complete (written last)
+    attrs: schema, total, seed, tasks, control_hz, requests (JSON [{task, slots, sentences}, ..]: all that can be asked
+        for, each with its wordings), env_args (JSON, with the cameras), versions, git_commit, settings, scenes_done, dropped (JSON), complete (written last)
     episode_0/                           T control steps
         attrs: instruction, task, num_samples, success, interrupted, scene_seed, sentence (0, 1, 2: how many came
-            before it in this scene), block_colors, pad_colors ("red,blue,.."), block, pad (index of the instructed)
+            before it in this scene), block_colors, pad_colors ("red,blue,.."), slots (JSON), request (index in
+            requests), things (2,) (index among the things, blocks then pads then the handle: of what is to be moved, and
+            of what it is to be moved to, -1 if that is no thing)
         observations/
             front_image, wrist_image     (T, 64, 64, 3) u1, one per camera
             joint_pos (T, 7) f4 rad      ee_pos (T, 3) f4 m      ee_vel (T, 3) f4 m/s      gripper (T, 1) f4 m
             object_pos (T, 3) f4 m       target_pos (T, 3) f4 m
         grounding/
-            front_uv, wrist_uv           (T, blocks + pads, 2) f4, 0..1 in the picture, -1 where not visible
-            objects_pos                  (T, blocks + pads, 3) f4 m
-            other (T, 2) u1              another block and pad that could have been asked for at this moment,
+            front_uv, wrist_uv           (T, things, 2) f4, 0..1 in the picture, -1 where not visible
+            things_pos                   (T, things, 3) f4 m
+            other (T,) u2                another request that could have been made at this moment, its
+            other_things (T, 2) i1       things, its
+            other_goal (T, 6) f4 m       object_pos and target_pos,
             other_action (T, 4) f4       and what the expert would have done then
         actions (T, 4) f4    rewards (T,) f4    dones (T,) u1
         obs -> observations
@@ -622,7 +1091,7 @@ def write_episode(file, index, attrs, arrays):
         elif key in ("actions", "rewards", "dones"):
             group[key] = value
         else:
-            side = key.endswith("_uv") or key in ("objects_pos", "other", "other_action")
+            side = key.endswith("_uv") or key == "things_pos" or key.startswith("other")
             group[("grounding/" if side else "observations/") + key] = value
     group["obs"] = h5py.SoftLink(f"/episode_{index}/observations")
     file[f"data/demo_{index}"] = h5py.SoftLink(f"/episode_{index}")
@@ -634,11 +1103,10 @@ def fail(message):
     sys.exit(2)
 
 
-def generate(out, episodes, seed, tasks, cameras, workers):
+def generate(out, episodes, seed, kwargs, workers):
     """Writes `episodes` demonstrations to `out`; returns nothing. A killed run is carried on by the next."""
     part = out.with_name(out.name + ".part")
-    kwargs = dict(tasks=tasks, cameras=cameras)
-    settings = json.dumps(dict(seed=seed, tasks=tasks, cameras=cameras, schema=SCHEMA), sort_keys=True)
+    settings, tasks = json.dumps(dict(kwargs, seed=seed, schema=SCHEMA), sort_keys=True), kwargs["tasks"]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = h5py.File(part, "a")
@@ -670,11 +1138,11 @@ def generate(out, episodes, seed, tasks, cameras, workers):
             start_worker(kwargs)
             yield from map(play_scene, todo)
             return
-        waiting = [pool.submit(play_scene, seed) for seed in islice(todo, 4 * workers)]
+        waiting = [pool.submit(play_scene, seed) for seed in itertools.islice(todo, 4 * workers)]
         signal.signal(signal.SIGINT, stop)
         while waiting:
             yield waiting.pop(0).result()
-            waiting += [pool.submit(play_scene, seed) for seed in islice(todo, 1)]
+            waiting += [pool.submit(play_scene, seed) for seed in itertools.islice(todo, 1)]
 
     stopped = []                                               # Ctrl-C is heeded between scenes: the file stays whole
     stop = lambda *_: stopped.append(True)
@@ -716,7 +1184,8 @@ def generate(out, episodes, seed, tasks, cameras, workers):
     env_args = json.dumps(dict(env_name="picovla", type=0, env_kwargs=kwargs), sort_keys=True)
     file["data"].attrs.update(total=written, env_args=env_args)
     file.attrs.update(schema=SCHEMA, seed=seed, tasks=",".join(tasks), control_hz=CONTROL_HZ, env_args=env_args,
-                      sentences=json.dumps({task: TASKS[task] for task in tasks}),
+                      requests=json.dumps([dict(task=task, slots=slots, sentences=[fill(p, slots) for p in patterns(task)])
+                                           for task, slots in all_requests(tasks)]),
                       versions=f"mujoco {mujoco.__version__}, numpy {np.__version__}, h5py {h5py.__version__}",
                       git_commit="unknown" if failed else commit)
     file.attrs["complete"] = True
@@ -763,22 +1232,30 @@ if __name__ == "__main__":
     parser.add_argument("--episodes", type=int, default=2000, help="demonstrations to write (default 2000)")
     parser.add_argument("--out", type=Path, default=Path("data/demos.h5"), help="file to write (default data/demos.h5)")
     parser.add_argument("--seed", type=int, default=0, help="which 100,000 demonstration scenes to draw from (default 0)")
-    parser.add_argument("--tasks", default="pick_place", help=f"comma list of {', '.join(TASKS)} (default pick_place)")
+    parser.add_argument("--tasks", default="pick_place", help=f"all, or a comma list of {', '.join(TASKS)} (default pick_place)")
     parser.add_argument("--cameras", default="front,wrist", help=f"comma list of {', '.join(CAMERAS)} (default front,wrist)")
+    parser.add_argument("--randomize", type=float, default=0.0, help="0 to 1: how much the world differs from scene to scene (default 0)")
+    parser.add_argument("--randomize_only", default=None, choices=tuple(FACTORS), help="let this alone differ (default: everything)")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 61), help="processes (default: all cores); does not change the data")
     parser.add_argument("--bench", action="store_true", help="only print the recording rate of one core beside bare physics")
     args = parser.parse_args()
-    tasks, cameras = args.tasks.split(","), args.cameras.split(",")
-    for flag, names, known in (("--tasks", tasks, TASKS), ("--cameras", cameras, CAMERAS)):
-        if wrong := [n for n in names if n not in known]:
-            fail(f"{flag} {wrong[0]!r} is not one of {', '.join(known)}")
+    cameras = args.cameras.split(",")
+    if wrong := [n for n in cameras if n not in CAMERAS]:
+        fail(f"--cameras {wrong[0]!r} is not one of {', '.join(CAMERAS)}")
+    try:
+        tasks = task_list(args.tasks)
+    except ValueError as error:
+        fail(f"--tasks {error}")
     if args.bench:
         benchmark()
         sys.exit()
     for flag, value, low, high in (("--episodes", args.episodes, 1, 100_000), ("--workers", args.workers, 1, 61),
-                                   ("--seed", args.seed, 0, 9999)):
+                                   ("--seed", args.seed, 0, 9999), ("--randomize", args.randomize, 0, 1)):
         if not low <= value <= high:
             fail(f"{flag} must be from {low} to {high}, not {value}")
     if args.out.exists():
         fail(f"{args.out} exists; delete it or choose another --out")
-    generate(args.out, args.episodes, args.seed, tasks, cameras, args.workers)
+    world = dict(tasks=tasks, cameras=cameras)
+    if args.randomize:
+        world.update(randomize=args.randomize, randomize_only=args.randomize_only)
+    generate(args.out, args.episodes, args.seed, world, args.workers)

@@ -24,12 +24,14 @@ A = 4                                                     # dx, dy, dz, gripper
 PROPRIO = ("joint_pos", "ee_pos", "ee_vel", "gripper")    # 14 numbers
 STATES = {"proprio": PROPRIO, "full": PROPRIO + ("object_pos", "target_pos")}    # full: 20, gives the answer away
 STATE_SIZES = dict(joint_pos=7, ee_pos=3, ee_vel=3, gripper=1, object_pos=3, target_pos=3)
-GROUNDED = ("block", "pad")                               # what attention heads 0 and 1 of the last layer look for
+GROUNDED = ("thing", "place")                             # what attention heads 0 and 1 of the last layer look for: what is
+                                                          # to be moved, and the pad or block that it is to be moved to
 
 
 @dataclasses.dataclass
 class Config:
     model: str = "vla"                # vla or bc
+    tasks: tuple = ("pick_place",)    # what it was trained to do
     cameras: tuple = ("front", "wrist")
     coarse: tuple = ("wrist",)        # cameras whose patches are merged 2 x 2: 16 tokens instead of 64
     keep: int = 40                    # patches kept of each look: those that differ most from the picture's median colour
@@ -216,7 +218,7 @@ class VLA(Policy):
         self.cls = nn.Parameter(torch.randn(C) * 0.02)
         self.fusion = nn.ModuleList(Block(C, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(C)
-        self.goal = nn.Linear(C, 6)                            # where the block and the pad are: an auxiliary answer
+        self.goal = nn.Linear(C, 6)                            # object_pos and target_pos: an auxiliary answer
         self.head = nn.Sequential(nn.Linear(C + 6 + config.state_size, 2 * C), nn.ReLU(),
                                   nn.Linear(2 * C, config.chunk * A), nn.Tanh())
 
@@ -254,7 +256,7 @@ class VLA(Policy):
         return x
 
     def fuse(self, patches, words, state, frame=slice(None)):
-        """(B, keep, C), (R, L, C), (R, S) raw state to actions (R, K, A), goals (R, 6) (block and pad in the world frame,
+        """(B, keep, C), (R, L, C), (R, S) raw state to actions (R, K, A), goals (R, 6) (object_pos and target_pos, world frame,
         normalised) and log-attention of the CLS token on the patches (R, heads, keep). Row i sees patches[frame[i]].
 
         The CLS token, the words and the state look at everything; the patches are only looked at."""

@@ -7,7 +7,7 @@
 
 Pictures show the room through the same ray caster that the policy sees with, and beside it the two 64x64 pictures that
 are all it gets to see. With --attention those two carry the attention of the CLS token in the last layer: red where
-head 0 looks for the block, green where head 1 looks for the pad.
+head 0 looks for what is to be moved, green where head 1 looks for the pad or block that it is to be moved to.
 """
 import argparse
 import os
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from gen_data import CONTROL_HZ, Env, RayCamera, expert
+from gen_data import CONTROL_HZ, TASKS, Env, RayCamera, expert
 from model import VLA, tokenize
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 add = parser.add_argument
 add("--ckpt", type=Path, default=None, help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
-add("--instruction", default=None, help="what to do, naming a block and a target of the scene (default: the scene's own)")
+add("--instruction", default=None, help="what to do in the scene (default: the scene's own sentence)")
 add("--seed", default="0", help="scene seed, or a comma list of them for a grid (default 0)")
 add("--expert", action="store_true", help="play the scripted expert instead of a checkpoint")
 add("--attention", action="store_true", help="show where the policy looks")
@@ -81,7 +81,8 @@ class Scene:
 
     def __init__(self, seed, instruction=None):
         self.policy = None if args.expert else load_policy()
-        self.env = Env(cameras=self.policy and self.policy.config.cameras or ("front", "wrist"))
+        config = self.policy and self.policy.config
+        self.env = Env(config.tasks if config else tuple(TASKS), config and config.cameras or ("front", "wrist"))
         self.camera = RayCamera(self.env.model, "front", size)
         self.reset(seed, instruction)
 
@@ -115,7 +116,7 @@ class Scene:
 
     @torch.inference_mode()
     def looks(self):
-        """Attention (V, side, side, 2) of the CLS token on each view's patches, for block and pad, 0..1."""
+        """Attention (V, side, side, 2) of the CLS token on each view's patches, for thing and place, 0..1."""
         images, state = self.policy.read_obs(self.obs)
         text = tokenize(self.info["instruction"], self.policy.config)
         attention = self.policy(images, state, text[None])[2][0, :2].exp()           # (2, P)
@@ -178,7 +179,7 @@ def record(scenes, path):
     print(f"{path}, {path.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
-HELP = """type a sentence, such as: pick up the {block} block and place it at the {pad} target
+HELP = """type a sentence, such as: {}
 or: reset (the scene again), seed N (another scene), help, quit"""
 
 
@@ -193,7 +194,7 @@ def command(scene, line):
             scene.done = True                                  # wait for a sentence
             print(scene.contents())
         elif word in ("help", "seed", ""):
-            print(HELP.format(block=scene.env.block_colors[0], pad=scene.env.pad_colors[0]))
+            print(HELP.format(scene.info["instruction"]))
         else:
             scene.tell(line)
             return True
@@ -208,7 +209,7 @@ def prompt_without_window(scene):
         Path("out").mkdir(exist_ok=True)
     except OSError as error:
         fail(f"cannot make the folder out for the GIFs: {error.strerror}")
-    print(HELP.format(block=scene.env.block_colors[0], pad=scene.env.pad_colors[0]))
+    print(HELP.format(scene.info["instruction"]))
     print(scene.contents())
     free = (path for n in range(10**6) if not (path := Path(f"out/play_{n:03d}.gif")).exists())
     try:

@@ -32,6 +32,8 @@ add("--relabel", type=int, default=64, help="how many of them are also shown wit
     "the scene, and what the expert would do then (default 64)")
 add("--lr", type=float, default=0.02, help="Muon's learning rate, for the transformers' matrices (default 0.02)")
 add("--adam_lr", type=float, default=2e-3, help="AdamW's, for everything else (default 0.002)")
+add("--word_dropout", type=float, default=0.1, help="share of a sentence's other words than colours and directions that are "
+    "left out in training (default 0.1)")
 add("--optimizer", default="muon", choices=("muon", "adamw"), help="adamw: AdamW for everything (default muon)")
 add("--ground", type=float, default=0.1, help="weight of the attention supervision (default 0.1)")
 add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
@@ -41,8 +43,9 @@ add("--state", default=None, choices=tuple(STATES), help="proprio: 14 numbers th
 add("--cameras", default=None, help="comma list of the file's cameras to look through (default all of them)")
 add("--text", default="word", choices=("word", "char"), help="tokens of the sentence (default word)")
 add("--execute", type=int, default=4, help="actions carried out of each chunk of 8 (default 4); bc: 1")
-add("--data", type=Path, default=Path("data/demos.h5"), help="demonstrations (default data/demos.h5; made if missing)")
-add("--episodes", type=int, default=3000, help="how many to make if missing (default 3000)")
+add("--tasks", default="pick_place", help="what to learn if the demonstrations are to be made: all, or a comma list (default pick_place)")
+add("--data", type=Path, default=None, help="demonstrations, made if missing (default data/demos.h5; with other --tasks data/TASKS.h5)")
+add("--episodes", type=int, default=None, help="how many to make if missing (default 3000; for all tasks 8000)")
 add("--out_dir", type=Path, default=Path("out"), help="where results go (default out)")
 add("--resume", action="store_true", help="carry on from what is in --out_dir")
 add("--overwrite", action="store_true", help="replace what is in --out_dir")
@@ -64,10 +67,12 @@ def fail(message):
     sys.exit(2)
 
 
+args.data = args.data or Path("data") / ("demos.h5" if args.tasks == "pick_place" else f"{args.tasks.replace(',', '_')}.h5")
+args.episodes = 8000 if args.episodes is None and args.tasks == "all" else 3000 if args.episodes is None else args.episodes
 for flag in ("steps", "batch_size", "execute", "episodes", "eval_episodes", "log_interval", "lr", "adam_lr"):
     if not getattr(args, flag) > 0:
         fail(f"--{flag} must be more than 0, not {getattr(args, flag)}")
-for flag in ("relabel", "ground", "goal", "seed", "eval_interval"):
+for flag in ("relabel", "ground", "goal", "seed", "eval_interval", "word_dropout"):
     if not getattr(args, flag) >= 0:
         fail(f"--{flag} must not be negative, got {getattr(args, flag)}")
 if args.relabel > args.batch_size:
@@ -91,41 +96,44 @@ ckpt_path, resume_path, log_path = (args.out_dir / n for n in ("ckpt.pt", "resum
 
 # ----------------------------------------------------------------------------- data
 def load(path, state_keys, cameras):
-    """The whole file in memory, or of its pictures those of `cameras`. Returns cameras, tensors by name with one row per
-    frame, and for every request (task, block colour, pad colour) the list of sentences that make it; `key` and
-    `other_key` of a frame are indices into that."""
-    rows, at, keys = {}, 0, {}
+    """The whole file in memory, or of its pictures those of `cameras`. Returns cameras, tasks, tensors by name with one row
+    per frame, and the file's requests, each a dict(task, slots, sentences); `key` and `other_key` of a frame are indices into
+    that. Rows of `things` name what is to be moved and the place it is to be moved to, -1 where that is nothing one sees."""
+    rows, at = {}, 0
     with h5py.File(path) as file:
         recorded = json.loads(file.attrs["env_args"])["env_kwargs"]["cameras"]
         cameras = tuple(recorded if cameras is None else cameras)
         if missing := [c for c in cameras if c not in recorded]:
             fail(f"--cameras {missing[0]!r} is not in {path}, which has {', '.join(recorded)}")
-        sentences = json.loads(file.attrs["sentences"])
+        requests, tasks = json.loads(file.attrs["requests"]), tuple(file.attrs["tasks"].split(","))
         valid = {name.decode() for name in file["mask/valid"][:]}
         groups = [file[f"episode_{i}"] for i in range(file.attrs["total"])]
         length = [int(g.attrs["num_samples"]) for g in groups]
         images = np.empty((sum(length), len(cameras), 64, 64, 3), np.uint8)
         for i, (group, n) in enumerate(zip(tqdm(groups, "loading", disable=not sys.stderr.isatty()), length)):
-            a = dict(group.attrs)
             observed, labels = group["observations"], group["grounding"]
             for v, camera in enumerate(cameras):
                 images[at:at + n, v] = observed[f"{camera}_image"][:]
-            blocks, pads = a["block_colors"].split(","), a["pad_colors"].split(",")
-            index = np.array([[keys.setdefault((a["task"], b, p), len(keys)) for p in pads] for b in blocks])
-            pair, other = np.tile([a["block"], a["pad"]], (n, 1)), labels["other"][:].astype(np.int64)
-            key, other_key = index[pair[:, 0], pair[:, 1]], index[other[:, 0], other[:, 1]]
-            slots = [0, len(blocks)]                           # of block and pad among the objects
             at += n
             for name, value in dict(
                     state=np.concatenate([observed[k][:] for k in state_keys], 1), action=group["actions"][:],
-                    other_action=labels["other_action"][:], objects=labels["objects_pos"][:],
-                    uv=np.stack([labels[f"{c}_uv"][:] for c in cameras] or [other], 1), pair=pair + slots,
-                    other=other + slots, key=key, other_key=other_key,
+                    goal=np.concatenate([observed[k][:] for k in ("object_pos", "target_pos")], 1),
+                    key=np.full(n, group.attrs["request"]), things=np.tile(group.attrs["things"].astype(np.int64), (n, 1)),
+                    other_action=labels["other_action"][:], other_goal=labels["other_goal"][:],
+                    other_key=labels["other"][:].astype(np.int64), other_things=labels["other_things"][:].astype(np.int64),
+                    uv=np.stack([labels[f"{c}_uv"][:] for c in cameras] or [labels["things_pos"][..., :2]], 1),
                     end=np.full(n, at), valid=np.full(n, f"demo_{i}" in valid)).items():
                 rows.setdefault(name, []).append(value)
     data = {name: torch.from_numpy(np.concatenate(values)) for name, values in rows.items()}
-    requests = [[s.format(block=block, pad=pad) for s in sentences[task]] for task, block, pad in keys]
-    return cameras, data | dict(images=torch.from_numpy(images)), requests
+    return cameras, tasks, data | dict(images=torch.from_numpy(images)), requests
+
+
+def draw_text(keys, rng):
+    """Sentences (U, L) for the distinct requests `keys`, each worded in one way, with words left out at random, so that
+    other wordings than those of the file can be read; colours and the like, which carry the meaning, stay."""
+    text = torch.stack([tokens[k][rng.integers(len(tokens[k]))] for k in keys])
+    dropped = torch.from_numpy(rng.random(text.shape) < args.word_dropout) & ~torch.isin(text, meaning)
+    return torch.where(dropped, 0, text).to(device)
 
 
 def losses(frames, relabel, rng):
@@ -136,10 +144,9 @@ def losses(frames, relabel, rng):
     state = data["state"][frames].to(device)
     if config.model == "bc":
         return dict(action=((net(state) - wanted).abs().mean(-1) * inside).sum() / inside.sum())
-    # each batch words every request in one way, so that few sentences have to be encoded
-    text = torch.stack([tokens[k][rng.integers(len(tokens[k]))] for k in range(len(tokens))]).to(device)
     twice = torch.cat([frames, frames[:relabel]])
-    sentence = torch.cat([data["key"][frames], data["other_key"][frames[:relabel]]]).to(device)
+    keys, sentence = torch.cat([data["key"][frames], data["other_key"][frames[:relabel]]]).unique(return_inverse=True)
+    text, sentence = draw_text(keys.tolist(), rng), sentence.to(device)
     frame = torch.cat([torch.arange(len(frames)), torch.arange(relabel)]).to(device)
     with autocast:
         actions, goal, attention = net(data["images"][frames].to(device), state, text, frame, sentence)
@@ -147,17 +154,17 @@ def losses(frames, relabel, rng):
     error = ((actions[:len(frames)] - wanted).abs().mean(-1) * inside).sum() / inside.sum()
     if relabel:                                                # only the first action of these is known
         error = error + (actions[len(frames):, 0] - data["other_action"][frames[:relabel]].to(device)).abs().mean()
-    pair = torch.cat([data["pair"][frames], data["other"][frames[:relabel]]])
-    rows = torch.arange(len(twice))[:, None]
-    position = data["objects"][twice][rows, pair].flatten(1).to(device)    # (R, 6) m, of the block and the pad
+    position = torch.cat([data["goal"][frames], data["other_goal"][frames[:relabel]]]).to(device)       # (R, 6) m
     goal_error = F.smooth_l1_loss(goal, (position - model.goal_mean) / model.goal_std, beta=0.1)
-    # attention heads 0 and 1 of the last layer are to look at the patches that hold the block and the pad
+    # attention heads 0 and 1 of the last layer are to look at the patches that hold the thing and its place
+    things = torch.cat([data["things"][frames], data["other_things"][frames[:relabel]]])
+    rows = torch.arange(len(twice))[:, None]
     uv, first, looks, seen_in = data["uv"][twice], 0, 0, 0
     for view, side in enumerate(model.sides):
-        spot = uv[:, view][rows, pair]                         # (R, 2, 2): x, y of block and pad, -1 where not visible
+        spot = uv[:, view][rows, things]                       # (R, 2, 2): x, y of both, -1 where not visible
         cell = (spot * side).long().clamp(0, side - 1)
         patch = (first + cell[..., 1] * side + cell[..., 0]).to(device)
-        seen = (spot[..., 0] >= 0).float().to(device)
+        seen = ((spot[..., 0] >= 0) & (things >= 0)).float().to(device)
         looks = looks + attention[:, :len(GROUNDED)].gather(2, patch[..., None])[..., 0] * seen
         seen_in = seen_in + seen
         first += side * side
@@ -291,14 +298,15 @@ clock = time.time()
 if not args.data.exists():
     print(f"{args.data} is not there: making {args.episodes} demonstrations, about {max(1, round(args.episodes / 1000))} minutes "
           "on 2 cores", flush=True)
-    command = [sys.executable, str(Path(__file__).parent / "gen_data.py"), "--episodes", str(args.episodes), "--out", str(args.data)]
+    command = [sys.executable, str(Path(__file__).parent / "gen_data.py"), "--episodes", str(args.episodes), "--out", str(args.data),
+               "--tasks", args.tasks]
     signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is for gen_data.py, which stops cleanly
     if code := subprocess.run(command + (["--cameras", args.cameras] if chosen_cameras else [])).returncode:
         sys.exit(code)
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 made = time.time() - clock
 try:
-    cameras, data, requests = load(args.data, STATES[state_kind], chosen_cameras)
+    cameras, known_tasks, data, requests = load(args.data, STATES[state_kind], chosen_cameras)
 except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
     fail(f"{args.data} cannot be used ({str(error).strip()}); delete it or give another --data")
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
@@ -308,8 +316,8 @@ print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)}
       f"{time.time() - clock - made:.0f} s", flush=True)
 
 torch.manual_seed(args.seed)
-config = Config(model=args.model, state=state_kind, text=args.text, execute=args.execute, cameras=cameras,
-                words=tuple(sorted({w for group in requests for s in group for w in split(s)})),
+config = Config(model=args.model, tasks=known_tasks, state=state_kind, text=args.text, execute=args.execute, cameras=cameras,
+                words=tuple(sorted({w for r in requests for s in r["sentences"] for w in split(s)})),
                 max_text=16 if args.text == "word" else 96)
 if args.model == "bc":
     config.chunk = config.execute = 1
@@ -320,10 +328,14 @@ if args.model == "vla":
     some = data["images"][train_frames[::97]].float()
     model.image_mean.copy_(some.mean((0, 2, 3))[:, None, None])
     model.image_std.copy_(some.std((0, 2, 3))[:, None, None])
-    goals = data["objects"][train_frames][torch.arange(len(train_frames))[:, None], data["pair"][train_frames]].flatten(1)
-    model.goal_mean.copy_(goals.mean(0))
-    model.goal_std.copy_(goals.std(0) + 1e-3)
-    tokens = [torch.stack([tokenize(s, config) for s in group]) for group in requests]
+    model.goal_mean.copy_(data["goal"][train_frames].mean(0))
+    model.goal_std.copy_(data["goal"][train_frames].std(0) + 1e-3)
+    tokens = [torch.stack([tokenize(s, config) for s in r["sentences"]]) for r in requests]
+    meaning = set()                                            # words that tell one request of a task from another
+    for task in known_tasks if args.text == "word" else ():
+        vocabularies = [{w for s in r["sentences"] for w in split(s)} for r in requests if r["task"] == task]
+        meaning |= set.union(*vocabularies) - set.intersection(*vocabularies)
+    meaning = torch.tensor([i + 1 for i, w in enumerate(config.words) if w in meaning] if args.text == "word" else range(99))
 model.to(device)
 if args.compile:
     import torch._dynamo
