@@ -29,9 +29,15 @@ from gen_data import (FACTORS, GUARDS, MAX_STEPS, PHRASES, SLOTS, SPLITS, SUCCES
                       make_instruction, parse_instruction, task_list)
 from model import VLA
 
+
+def fail(message):
+    print(f"eval.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 # ----------------------------------------------------------------------------- settings
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-add = parser.add_argument
+parser.error, add = fail, parser.add_argument                 # one sentence, without the usage
 add("--ckpt", default=None, help="checkpoint, or a comma list of them (default out/ckpt.pt, else assets/ckpt.pt)")
 add("--policies", default="policy", help="comma list of expert, random, policy (default policy: the checkpoints)")
 add("--controls", action="store_true", help="also run the checkpoints blind, deaf, with swapped and with changing sentences")
@@ -53,11 +59,6 @@ add("--out", type=Path, default=None, help="write results here as JSON, and one 
 add("--latency", action="store_true", help="also time predict() on one core")
 args = parser.parse_args()
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-
-
-def fail(message):
-    print(f"eval.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 policies = args.policies.split(",")
@@ -93,8 +94,9 @@ if args.split == "combo" and not (tasks := [t for t in tasks if t in ("pick_plac
 
 
 def read_instructions(path):
-    """[(task, pattern), ..] of a file of lines task<TAB>sentence."""
-    found, allowed = [], {*SLOTS, *(form for forms in PHRASES.values() for form in forms)}
+    """[(task, pattern, slots that the pattern fixes), ..] of a file of lines task<TAB>sentence."""
+    forms = {form: "direction" if form == "towards" else "way" for words in PHRASES.values() for form in words}
+    found, example = [], dict(block="red", pad="blue", lower="blue", direction="left", way="open")
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -105,18 +107,15 @@ def read_instructions(path):
         task, tab, pattern = (part.strip() for part in line.partition("\t"))
         if not tab or task not in TASKS:
             fail(f"{path}, line {number}: it should begin with one of {', '.join(TASKS)} and a tab, not {line[:40]!r}")
-        if wrong := [slot for slot in re.findall(r"{([^}]*)}", pattern) if slot not in allowed]:
+        named = re.findall(r"{([^}]*)}", pattern)
+        if wrong := [slot for slot in named if slot not in {**SLOTS, **forms}]:
             fail(f"{path}, line {number}: {{{wrong[0]}}} is not one of {', '.join('{%s}' % s for s in SLOTS)}")
-        fixed = {}                                             # what the sentence says without a slot, such as "open"
-        if missing := [slot for slot in TASKS[task].slots if f"{{{slot}}}" not in pattern and slot not in ("way", "direction")]:
-            fail(f"{path}, line {number}: a sentence for {task} needs {{{missing[0]}}}")
-        if not any(form in re.findall(r"{([^}]*)}", pattern) for form in ("way", "direction", *allowed - set(SLOTS))):
-            try:
-                slots = parse_instruction(fill(pattern, dict(block="red", pad="blue", lower="blue")))[1]
-                fixed = {k: v for k, v in slots.items() if k in TASKS[task].slots and k in ("way", "direction")}
-            except (ValueError, KeyError) as error:
-                fail(f"{path}, line {number}: {error}")
-        found.append((task, pattern, fixed))
+        missing = set(TASKS[task].slots) - {forms.get(slot, slot) for slot in named}
+        try:                                                   # said in plain words, such as "open" or "left"
+            said = parse_instruction(fill(pattern, example))[1] if missing else {}
+            found.append((task, pattern, {slot: said[slot] for slot in missing}))
+        except (ValueError, KeyError):
+            fail(f"{path}, line {number}: a sentence for {task} must say {', '.join('{%s}' % s for s in TASKS[task].slots)}")
     return found
 
 

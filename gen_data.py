@@ -88,6 +88,7 @@ FACTORS = dict(
 # ----------------------------------------------------------------------------- sentences
 PHRASES = dict(left=dict(towards="to the left"), right=dict(towards="to the right"), forward=dict(towards="forward"), back=dict(towards="back"),
                open=dict(pull="pull", opened="open"), close=dict(pull="push", opened="shut"))    # other forms of a slot's word
+PAD_WORDS = ("target", "marker", "goal", "spot", "pad", "zone")
 SLOTS = dict(block=tuple(COLORS), pad=tuple(COLORS), lower=tuple(COLORS), direction=tuple(DIRECTIONS), way=("open", "close"))
 
 
@@ -120,15 +121,15 @@ def all_requests(tasks):
 
 
 def parse_instruction(text):
-    """(task, slots) of a sentence in anybody's words. The first colour is the block's; the second is a block's if a
-    word for one follows it, otherwise a pad's. Among tasks with these slots, the one whose wording is nearest.
+    """(task, slots) of a sentence in anybody's words. A colour is a block's or a target's by the word after it, or else by its
+    place: the first is the block's, the second the target's. Among tasks with these slots, the one whose wording is nearest.
 
     Raises ValueError, with a sentence for the user, when nothing fits."""
     words, slots = re.findall("[a-z]+", text.lower()), {}
     for word, following in zip(words, words[1:] + [""]):
         if word in COLORS:
-            second = "lower" if following in ("block", "cube", "object") else "pad"
-            slots[second if "block" in slots else "block"] = word
+            is_block = following in ("block", "cube", "object") or "block" not in slots and following not in PAD_WORDS
+            slots["pad" if not is_block else "lower" if "block" in slots else "block"] = word
         elif word in DIRECTIONS:
             slots["direction"] = word
     if not slots and {"drawer", "cabinet", "handle"} & set(words):
@@ -1229,6 +1230,7 @@ def benchmark(scenes=25):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail                                        # one sentence, without the usage
     parser.add_argument("--episodes", type=int, default=2000, help="demonstrations to write (default 2000)")
     parser.add_argument("--out", type=Path, default=Path("data/demos.h5"), help="file to write (default data/demos.h5)")
     parser.add_argument("--seed", type=int, default=0, help="which 100,000 demonstration scenes to draw from (default 0)")

@@ -28,8 +28,14 @@ from PIL import Image, ImageDraw, ImageFont
 from gen_data import CONTROL_HZ, TASKS, Env, RayCamera, expert
 from model import VLA, tokenize
 
+
+def fail(message):
+    print(f"play.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-add = parser.add_argument
+parser.error, add = fail, parser.add_argument                 # one sentence, without the usage
 add("--ckpt", type=Path, default=None, help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
 add("--instruction", default=None, help="what to do in the scene (default: the scene's own sentence)")
 add("--seed", default="0", help="scene seed, or a comma list of them for a grid (default 0)")
@@ -38,11 +44,6 @@ add("--attention", action="store_true", help="show where the policy looks")
 add("--out", type=Path, default=None, help="write a .gif, .mp4 or .png (contact sheet) here instead of asking for sentences")
 add("--size", type=int, default=None, help="height of a scene's picture in px (default 384; 256 in a grid)")
 args = parser.parse_args()
-
-
-def fail(message):
-    print(f"play.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 try:

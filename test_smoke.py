@@ -23,7 +23,9 @@ import pytest
 import torch
 from PIL import Image
 
-from gen_data import CAMERAS, COLORS, DEMO_SEED, TASKS, TEST_SEED, Env, expert, seen_at
+import gen_data
+from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, GUARDS, SPLITS, TASKS, TEST_SEED, Env, all_requests, expert, fill,
+                      is_held_out, parse_instruction, patterns, seen_at)
 from model import CHARS, PROPRIO, VLA, Block, Config, split, tokenize
 
 ROOT = Path(__file__).resolve().parent
@@ -67,9 +69,9 @@ def stop_when(ready, command, folder, how=signal.SIGKILL):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A folder with 24 demonstrations in demos.h5."""
+    """A folder with 24 demonstrations of all tasks in demos.h5."""
     folder = tmp_path_factory.mktemp("toy")
-    run("gen_data.py --episodes 24 --workers 2 --out demos.h5", folder)
+    run("gen_data.py --tasks all --episodes 24 --workers 2 --out demos.h5", folder)
     return folder
 
 
@@ -146,6 +148,132 @@ def test_env_takes_a_sentence_by_hand():
             env.step(action)
 
 
+# ----------------------------------------------------------------------------- the tasks
+def solve(env, seed, **options):
+    """The expert's episode; returns its last info."""
+    env.reset(seed, options)
+    while True:
+        _, _, terminated, truncated, info = env.step(expert(env))
+        if terminated or truncated:
+            return info
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_expert_does_every_task_and_the_guard_never_acts(task):
+    env = Env(tuple(TASKS), cameras=())
+    for seed in range(6):
+        info = solve(env, seed, task=task)
+        assert (info["task"], info["success"], info["violations"]) == (task, True, 0) and info["force"] < FORCE_LIMIT
+        assert len(patterns(task)) >= 6 and len(patterns(task, held_out=True)) == 2
+
+
+def test_success_is_what_the_sentence_says():
+    """Each task done is not the others done, nor the same with another block or direction."""
+    env = Env(tuple(TASKS), cameras=())
+    for seed, task in enumerate(TASKS):
+        solve(env, seed, task=task)
+        for other in [r for name in TASKS for r in env.requests(name) if (name, r) != env.request and len(set(r.values())) == len(r)]:
+            name = next(n for n in TASKS if set(TASKS[n].slots) == set(other))
+            assert not TASKS[name].success(env, **env.resolve(other)) or "drawer" in (name, task), (env.request, other)
+    env.reset(1, dict(task="push", slots=dict(direction="left")))
+    block, start = env.which["block"], env.data.qpos.copy()
+    moves = {"left": (0, 0.09, 0), "right": (0, -0.09, 0), "forward": (0.09, 0, 0), "back": (-0.09, 0, 0)}
+    for way, move in moves.items():                            # carried there by hand: only left is left
+        env.data.qpos[:] = start
+        env.data.qpos[env.block_qadr[block]:][:3] += move
+        env._refresh()
+        assert TASKS["push"].success(env, **env.which) == (way == "left")
+    env.data.qpos[env.block_qadr[block]:][:3] = start[env.block_qadr[block]:][:3] + (0, 0.09, 0.05)
+    env._refresh()
+    env.data.qpos[env.block_qadr[block] + 2] = start[env.block_qadr[block] + 2]
+    env._refresh()
+    assert not TASKS["push"].success(env, **env.which)         # it has been lifted
+
+
+def test_parsing_finds_the_meaning_of_every_sentence():
+    for task, slots in all_requests(TASKS):
+        if slots.get("block") != slots.get("lower", ""):
+            for pattern in TASKS[task].sentences:
+                assert parse_instruction(fill(pattern, slots)) == (task, slots), pattern
+    assert parse_instruction("please shut that drawer") == ("drawer", dict(way="close"))
+    for nonsense in ("", "dance", "put it on the red target", "red green blue"):
+        with pytest.raises(ValueError, match="not clear"):
+            parse_instruction(nonsense)
+
+
+def test_splits():
+    """What is held out is asked for in its own split and nowhere else, in known words."""
+    train = {w for task, slots in all_requests(TASKS) for p in patterns(task) for w in split(fill(p, slots))}
+    for part in SPLITS:
+        env = Env(tuple(TASKS), cameras=(), split=part)
+        assert env.n_blocks == (5 if part == "crowd" else 3)
+        for seed, task in enumerate(["pick_place", "stack", "push"] * 4):
+            info = env.reset(seed, dict(task=task))[1]
+            unseen = {fill(p, env.slots) for p in patterns(task, held_out=True)}
+            assert is_held_out(*env.request) == (part == "combo") and (info["instruction"] in unseen) == (part == "phrasing")
+            assert set(split(info["instruction"])) <= train
+
+
+def test_guard_stops_what_is_unsafe():
+    env, wild = Env(cameras=()), Env(cameras=(), guard=False)
+    for e in (env, wild):
+        e.reset(0)
+        for action in [(2, 0, 0, 1)] * 2 + [(1, 1, 1, 1)] * 10 + [(0, 0, -1, -1)] * 40:
+            info = e.step(np.array(action, float))[4]
+    assert min(info["guard"].get(g, 0) for g in ("joint", "force")) == 0 and not any(info["guard"].values())
+    info = env._info()
+    assert all(info["guard"][g] for g in ("action", "speed", "box")) and info["violations"] == sum(info["guard"].values())
+    assert wild.ee_pos[0] > env.ee_pos[0] + 0.02               # it left the box
+
+    forces = []
+    for e in (env, wild):                                      # a block pressed into the table from above
+        e.reset(3)
+        for _ in range(80):
+            above = e.block_pos[e.which["block"]] + [0, 0, 0.1] - e.ee_pos
+            down = np.hypot(*above[:2]) < 0.004
+            e.step(np.clip([*above[:2] / 0.03, -0.5 if down else above[2] / 0.03, -1], -1, 1))
+        forces.append((e.force, e.guarded["force"]))
+    assert forces[0][1] > 0 == forces[1][1] and forces[0][0] < forces[1][0]
+
+
+def test_randomised_worlds_differ_by_their_factor_alone():
+    def world(**kwargs):
+        env = Env(("push",), ("front",), **kwargs)
+        picture = env.reset(5)[0]["front_image"]
+        m = env.model
+        return env, dict(picture=picture, camera=m.cam_pos, friction=m.geom_friction, mass=m.body_mass, damping=m.dof_damping,
+                         servo=m.actuator_gainprm, light=env.cameras["front"].light, color=m.geom_rgba, delay=env.late)
+
+    normal, changed = world()[1], world(randomize=1.0)[1]
+    for factor in FACTORS:
+        env, alone = world(randomize=1.0, randomize_only=factor)
+        differs = {k for k in alone if not np.array_equal(alone[k], normal[k])}
+        shows = {"picture"} if factor in ("light", "color", "camera", "noise", "mass") else set()
+        assert differs - shows == {factor} - {"noise", "delay"} and shows <= differs, factor
+        if factor not in ("noise", "delay"):
+            np.testing.assert_allclose(alone[factor], changed[factor])         # as in all at once
+        again = world(randomize=1.0, randomize_only=factor)[1]
+        assert all(np.array_equal(again[k], alone[k]) for k in alone)
+    late = [seed for seed in range(12) if env.reset(seed) and env.late]
+    assert 0 < len(late) < 12
+    env = Env(tuple(TASKS), cameras=(), randomize=1.0)
+    assert sum(solve(env, seed)["success"] for seed in range(12)) >= 9
+
+
+def test_readme_example_of_another_task(monkeypatch):
+    """The forking guide's code, run as it stands, makes a task that can be asked for and demonstrated."""
+    code = re.search(r"```python\n(# a sixth task.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    monkeypatch.setattr(gen_data, "TASKS", dict(TASKS))
+    exec(code, {"TASKS": gen_data.TASKS, **{k: getattr(gen_data, k) for k in ("Task", "act", "put_away", "graspable", "np")}})
+    name = list(gen_data.TASKS)[-1]
+    env = Env(tuple(gen_data.TASKS), ())
+    for seed in range(5):
+        info = solve(env, seed, task=name)
+        assert info["success"] and info["task"] == parse_instruction(info["instruction"])[0] == name
+    episodes, _ = gen_data.demonstrate(Env((name, "lift"), ("front",)), DEMO_SEED)
+    assert {attrs["task"] for attrs, _ in episodes} <= {name, "lift"}
+
+
 # ----------------------------------------------------------------------------- the data file
 def content(path):
     """Every array and attribute of a data file."""
@@ -169,7 +297,8 @@ def test_data_file(data):
         assert json.loads(file["data"].attrs["env_args"])["env_kwargs"]["cameras"] == ["front", "wrist"]
         train, valid = ({name.decode() for name in file[f"mask/{part}"]} for part in ("train", "valid"))
         assert train and valid and not train & valid and train | valid == {f"demo_{i}" for i in range(24)}
-        env, interrupted = Env(), 0
+        env, interrupted, requests = Env(tuple(TASKS)), 0, json.loads(file.attrs["requests"])
+        assert [(r["task"], r["slots"]) for r in requests] == all_requests(TASKS)
         for i in range(24):
             episode, demo = file[f"episode_{i}"], file[f"data/demo_{i}"]
             a, n, images = episode.attrs, episode.attrs["num_samples"], episode["observations/front_image"]
@@ -183,6 +312,9 @@ def test_data_file(data):
                 assert (values.shape, values.dtype) == (shape, dtype) and low <= values.min() <= values.max() <= 1
             assert a["success"] != a["interrupted"] and list(demo["dones"]) == [0] * (n - 1) + [a["success"]]
             interrupted += a["interrupted"]
+            asked = [requests[k] for k in {int(a["request"]), *demo["grounding/other"][:]}]
+            assert a["instruction"] in requests[a["request"]]["sentences"] and parse_instruction(a["instruction"])[0] == a["task"]
+            assert not any(is_held_out(r["task"], r["slots"]) for r in asked)          # these are never demonstrated
             if a["sentence"] == 0:                             # what the environment shows, what the expert does, unperturbed
                 obs, info = env.reset(int(a["scene_seed"]))
                 assert info["instruction"] == a["instruction"] and np.array_equal(demo["actions"][0], expert(env))
@@ -191,12 +323,12 @@ def test_data_file(data):
 
 
 def test_data_does_not_depend_on_the_number_of_workers(data, tmp_path):
-    assert "24 episodes" in run("gen_data.py --episodes 24 --workers 1 --out new/demos.h5", tmp_path)
+    assert "24 episodes" in run("gen_data.py --tasks all --episodes 24 --workers 1 --out new/demos.h5", tmp_path)
     assert content(tmp_path / "new/demos.h5") == content(data / "demos.h5")
 
 
 def test_stopped_generation_carries_on(data, tmp_path):
-    command, part = "gen_data.py --episodes 24 --out demos.h5 --workers", tmp_path / "demos.h5.part"
+    command, part = "gen_data.py --tasks all --episodes 24 --out demos.h5 --workers", tmp_path / "demos.h5.part"
     for share, how, workers, code in ((0.2, signal.SIGKILL, 2, -9), (0.4, signal.SIGINT, 1, 130), (0.6, signal.SIGINT, 2, 130)):
         limit = share * (data / "demos.h5").stat().st_size
         assert code == stop_when(lambda: part.exists() and part.stat().st_size > limit, f"{command} {workers}", tmp_path, how)
@@ -208,19 +340,18 @@ def test_stopped_generation_carries_on(data, tmp_path):
 
 
 # ----------------------------------------------------------------------------- the model
-WORDS = tuple(sorted({w for pattern in TASKS["pick_place"] for w in split(pattern.format(block="", pad=""))} | set(COLORS)))
+WORDS = tuple(sorted({w for task, slots in all_requests(TASKS) for pattern in patterns(task) for w in split(fill(pattern, slots))}))
 
 
 def make_batch(n=4):
     """n pictures, two sentences that both fit each of them, and what the expert does: (2, n, 4), by sentence. The robot's
     own state is the same in all, so that neither it nor the words nor the picture alone can tell what to do."""
     env, observations, actions = Env(), [], []
-    sentences = [TASKS["pick_place"][0].format(block=block, pad="green") for block in ("red", "blue")]
+    sentences = [TASKS["pick_place"].sentences[0].format(block=block, pad="green") for block in ("red", "blue")]
     for seed in range(1000):
         obs, info = env.reset(seed)
         if {"red", "blue"} <= set(env.block_colors) and "green" in env.pad_colors:
-            blocks = [env.block_colors.index(color) for color in ("red", "blue")]
-            actions.append([expert(env, block, env.pad_colors.index("green")) for block in blocks])
+            actions.append([expert(env, ("pick_place", dict(block=block, pad="green"))) for block in ("red", "blue")])
             observations.append(obs | {k: (observations or [obs])[0][k] for k in PROPRIO})
         if len(actions) == n:
             break
@@ -350,23 +481,40 @@ def test_eval(trained, tmp_path):
     result, again = (json.loads((tmp_path / name).read_text()) for name in ("all.json", "again.json"))
     lines, lines_again = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
                           for name in ("all.jsonl", "again.jsonl"))
-    rows = {(row["policy"], row["control"]): row for row in result["rows"]}
-    assert list(rows) == [("expert", "none"), ("random", "none"), *(("vla", c) for c in ("none", "blind", "deaf", "swap"))]
+    rows = {(row["policy"], row["control"]): row for row in result["rows"] if row["task"] == "all"}
+    assert list(rows) == [("expert", "none"), ("random", "none"), *(("vla", c) for c in ("none", "blind", "deaf", "swap", "retarget"))]
     for (policy, control), row in rows.items():
-        assert {"task", "split", "reward", "steps", "violations"} <= set(row) and row["n"] == 3
+        assert {"split", "reward", "steps", "violations", "guard", "force_p95", "force_max"} <= set(row) and row["n"] == 3
         assert 0 <= row["low"] <= row["k"] / 3 <= row["high"] <= 1 and row["high"] - row["low"] > 0.4
+        parts = [r for r in result["rows"] if (r["policy"], r["control"]) == (policy, control) and r["task"] != "all"]
+        assert [r["task"] for r in parts] == list(TASKS)[:3] and sum(r["k"] for r in parts) == row["k"]
         mine = [line for line in lines if (line["policy"], line["control"]) == (policy, control)]
         assert [line["seed"] for line in mine] == [TEST_SEED, TEST_SEED + 1, TEST_SEED + 2]
         assert sum(line["success"] for line in mine) == row["k"] and {"told", "touched"} <= set(mine[0])
         for line in mine:
-            assert dict(deaf=line["told"] == "", swap=line["told"] != line["original"]).get(
+            assert dict(deaf=line["told"] == "", swap=line["told"] != line["original"], retarget=line["told"] != line["original"]).get(
                 control, line["told"] == line["original"])
     assert rows["expert", "none"]["k"] == 3 and rows["random", "none"]["k"] == 0
+    assert rows["expert", "none"]["violations"] == 0 < rows["random", "none"]["violations"]
     assert abs(rows["expert", "none"]["low"] - 0.4385) < 1e-3  # Wilson at 3 of 3: n / (n + 1.96^2)
-    assert result["fingerprint"]["torch"] == torch.__version__
-    row = rows["vla", "none"]                                  # the same scenes again: the same to the last bit
-    assert again["rows"] == [row | dict(seconds=again["rows"][0]["seconds"])]
+    assert 0.01 < rows["expert", "none"]["chance"] < 0.2 and result["fingerprint"]["torch"] == torch.__version__
+    mine = [row for row in result["rows"] if (row["policy"], row["control"]) == ("vla", "none")]     # the same scenes again:
+    seconds = again["rows"][0]["seconds"]                                                            # the same to the last bit
+    assert again["rows"] == [row | dict(seconds=seconds) for row in mine]
     assert lines_again == [line for line in lines if (line["policy"], line["control"]) == ("vla", "none")]
+
+
+def test_eval_in_other_words_and_worlds(trained, tmp_path):
+    (tmp_path / "mine.txt").write_text("lift\tgrab the {block} cube and raise it\ndrawer\tshut the drawer\npush\tkick the {block} cube {towards}\n")
+    out = run(f"eval.py --ckpt {trained}/out/ckpt.pt --episodes 2 --instructions mine.txt --sensitivity --out a.json", tmp_path)
+    assert "does not know the word 'kick'" in out and "sensitivity: two sentences" in out
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(row["task"], row["n"]) for row in rows] == [("lift", 2), ("drawer", 2)]
+    told = [json.loads(line)["told"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert re.fullmatch("grab the [a-z]+ cube and raise it", told[0]) and told[2:] == ["shut the drawer"] * 2
+    run(f"eval.py --ckpt {trained}/out/ckpt.pt --episodes 1 --transfer --tasks lift --out t.json", tmp_path)
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert [row["world"] for row in rows] == ["normal", *FACTORS, "all"] and Image.open(tmp_path / "t.png").width > 500
 
 
 def test_play_writes_a_gif(trained, tmp_path):
@@ -408,6 +556,9 @@ def hostile(trained):
     whole = (trained / "demos.h5").read_bytes()
     (trained / "cut.h5").write_bytes(whole[:len(whole) // 2])
     (trained / "text").write_text("neither a checkpoint nor data\n")
+    (trained / "empty.txt").write_text("\n")
+    (trained / "slot.txt").write_text("lift\traise the {thing}\n")
+    (trained / "task.txt").write_text("juggle\tjuggle the {block} block\n")
     with h5py.File(trained / "foreign.h5", "w") as file:
         file["data/demo_0/actions"] = np.zeros((5, 7))
     saved = torch.load(trained / "out/ckpt.pt", weights_only=True)
@@ -435,6 +586,17 @@ def hostile(trained):
     ("train.py --data demos.h5 --out_dir out", "--overwrite"),
     ("train.py --data demos.h5 --out_dir new --resume", "nothing to resume"),
     ("train.py --data demos.h5 --out_dir out --resume --model bc", "another configuration"),
+    ("gen_data.py --randomize 3 --out new.h5", "--randomize must be from 0 to 1"),
+    ("gen_data.py --randomize 1 --randomize_only gravity --out new.h5", "'light'"),
+    ("train.py --data demos.h5 --out_dir new --tasks lift", "not lift"),
+    ("eval.py --ckpt out/ckpt.pt --split other", "'crowd'"),
+    ("eval.py --ckpt out/ckpt.pt --split combo --tasks lift", "no colours are held out"),
+    ("eval.py --ckpt out/ckpt.pt --randomize 3", "--randomize must be from 0 to 1"),
+    ("eval.py --ckpt out/ckpt.pt --randomize 1 --randomize_only gravity", "light"),
+    ("eval.py --ckpt out/ckpt.pt --instructions empty.txt", "empty.txt is empty"),
+    ("eval.py --ckpt out/ckpt.pt --instructions slot.txt", "{{block}}"),
+    ("eval.py --ckpt out/ckpt.pt --instructions task.txt", "pick_place"),
+    ("eval.py --ckpt out/ckpt.pt --transfer", "--out"),
     ("eval.py --ckpt missing.pt", "no checkpoint missing.pt"),
     ("eval.py --ckpt text", "not a checkpoint"),
     ("eval.py --ckpt other.pt", "not a checkpoint"),
@@ -448,7 +610,7 @@ def hostile(trained):
     ("play.py --ckpt out/ckpt.pt --out a.bmp", ".gif, .mp4 or .png"),
     ("play.py --ckpt out/ckpt.pt --out a.gif --seed three", "'three'"),
     ("play.py --ckpt out/ckpt.pt --out text/a.gif", "text"),
-    ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'lift the orange block to the {pad} target'", "names 1 colour"),
+    ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'lift the orange block to the {pad} target'", "not clear"),
     ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'put the {absent} block on the {pad} target'", "no {absent} block"),
     ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'teleport the {block} block to the {pad} target'", "'teleport'"),
 ])

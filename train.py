@@ -23,9 +23,15 @@ from tqdm import tqdm
 
 from model import BC, GROUNDED, STATES, VLA, Config, split, tokenize
 
+
+def fail(message):
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 # ----------------------------------------------------------------------------- settings
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-add = parser.add_argument
+parser.error, add = fail, parser.add_argument                 # one sentence, without the usage
 add("--steps", type=int, default=2000, help="optimiser steps (default 2000)")
 add("--batch_size", type=int, default=64, help="frames per step (default 64)")
 add("--relabel", type=int, default=64, help="how many of them are also shown with another sentence that is valid in "
@@ -43,7 +49,7 @@ add("--state", default=None, choices=tuple(STATES), help="proprio: 14 numbers th
 add("--cameras", default=None, help="comma list of the file's cameras to look through (default all of them)")
 add("--text", default="word", choices=("word", "char"), help="tokens of the sentence (default word)")
 add("--execute", type=int, default=4, help="actions carried out of each chunk of 8 (default 4); bc: 1")
-add("--tasks", default="pick_place", help="what to learn if the demonstrations are to be made: all, or a comma list (default pick_place)")
+add("--tasks", default=None, help="what to learn: all, or a comma list (default: what --data holds; pick_place if it is to be made)")
 add("--data", type=Path, default=None, help="demonstrations, made if missing (default data/demos.h5; with other --tasks data/TASKS.h5)")
 add("--episodes", type=int, default=None, help="how many to make if missing (default 3000; for all tasks 8000)")
 add("--out_dir", type=Path, default=Path("out"), help="where results go (default out)")
@@ -62,12 +68,7 @@ add("--bench", action="store_true", help="only time training steps against the p
 args = parser.parse_args()
 
 
-def fail(message):
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-args.data = args.data or Path("data") / ("demos.h5" if args.tasks == "pick_place" else f"{args.tasks.replace(',', '_')}.h5")
+args.data = args.data or Path("data") / ("demos.h5" if args.tasks in (None, "pick_place") else f"{args.tasks.replace(',', '_')}.h5")
 args.episodes = 8000 if args.episodes is None and args.tasks == "all" else 3000 if args.episodes is None else args.episodes
 for flag in ("steps", "batch_size", "execute", "episodes", "eval_episodes", "log_interval", "lr", "adam_lr"):
     if not getattr(args, flag) > 0:
@@ -299,7 +300,7 @@ if not args.data.exists():
     print(f"{args.data} is not there: making {args.episodes} demonstrations, about {max(1, round(args.episodes / 1000))} minutes "
           "on 2 cores", flush=True)
     command = [sys.executable, str(Path(__file__).parent / "gen_data.py"), "--episodes", str(args.episodes), "--out", str(args.data),
-               "--tasks", args.tasks]
+               "--tasks", args.tasks or "pick_place"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is for gen_data.py, which stops cleanly
     if code := subprocess.run(command + (["--cameras", args.cameras] if chosen_cameras else [])).returncode:
         sys.exit(code)
@@ -309,10 +310,12 @@ try:
     cameras, known_tasks, data, requests = load(args.data, STATES[state_kind], chosen_cameras)
 except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
     fail(f"{args.data} cannot be used ({str(error).strip()}); delete it or give another --data")
+if args.tasks not in (None, "all") and set(args.tasks.split(",")) != set(known_tasks):
+    fail(f"{args.data} holds {', '.join(known_tasks)}, not {args.tasks}; give another --data")
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
 if not len(train_frames) or not len(valid_frames):
     fail(f"{args.data} is too small: it needs episodes to train on and, from another scene, to validate on")
-print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)} held out; made in {made:.0f} s, loaded in "
+print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)} held out, of {', '.join(known_tasks)}; made in {made:.0f} s, loaded in "
       f"{time.time() - clock - made:.0f} s", flush=True)
 
 torch.manual_seed(args.seed)
