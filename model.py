@@ -24,8 +24,7 @@ A = 4                                                     # dx, dy, dz, gripper
 PROPRIO = ("joint_pos", "ee_pos", "ee_vel", "gripper")    # 14 numbers
 STATES = {"proprio": PROPRIO, "full": PROPRIO + ("object_pos", "target_pos")}    # full: 20, gives the answer away
 STATE_SIZES = dict(joint_pos=7, ee_pos=3, ee_vel=3, gripper=1, object_pos=3, target_pos=3)
-GROUNDED = ("thing", "place")                             # what attention heads 0 and 1 of the last layer look for: what is
-                                                          # to be moved, and the pad or block that it is to be moved to
+POINTERS = ("thing", "place")                             # what is to be moved, and the pad or block that it is to be moved to
 
 
 @dataclasses.dataclass
@@ -100,16 +99,15 @@ class Block(nn.Module):
 
     def forward(self, x, others=None, rows=None):
         """(B, N, C) to (B, N, C). The tokens look at themselves and at `others`, keys() of more tokens, (B, heads, M,
-        2 C / heads), which stay as they are. With `rows`, only that many first tokens are computed, and the attention
-        logits (B, heads, rows, N + M) come back too: the last layer needs nothing but the CLS row."""
+        2 C / heads), which stay as they are. With `rows`, only that many first tokens are computed: the last layer needs
+        nothing but the CLS row."""
         keys = self.keys(x) if others is None else torch.cat([self.keys(x), others], 2)
         k, v = keys.chunk(2, -1)
         x = x[:, :rows]
         q = self.q(self.norm1(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        x = x + self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        x = x + self.down(F.relu(self.up(self.norm2(x))).square())       # ReLU squared: Primer, arXiv:2109.08668
-        return x if rows is None else (x, logits)
+        attention = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+        x = x + self.out((attention @ v).transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(self.norm2(x))).square())    # ReLU squared: Primer, arXiv:2109.08668
 
 
 def sincos_2d(side, width):
@@ -215,6 +213,8 @@ class VLA(Policy):
         self.text_position = nn.Parameter(torch.randn(config.max_text, C) * 0.02)
         self.text = nn.ModuleList(Block(C, config.heads) for _ in range(config.layers))
         self.state = nn.Sequential(nn.Linear(config.state_size, C), nn.ReLU(), nn.Linear(C, C))
+        self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
+        self.point_query, self.point_key = nn.Linear(C, C), nn.Linear(C, C)
         self.cls = nn.Parameter(torch.randn(C) * 0.02)
         self.fusion = nn.ModuleList(Block(C, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(C)
@@ -248,34 +248,43 @@ class VLA(Policy):
             x = block(x)
         return x, kept
 
-    def read(self, text):
-        """(B, L) int64 to word tokens (B, L, C)."""
-        x = self.embed(text) + self.text_position
+    def read(self, text, names=None):
+        """(B, L) int64 to word tokens (B, L, C) and, per pointer, the query for what it is called, (B, 2, C).
+
+        Grammar and meaning are kept apart (arXiv:1904.09708): the words in their context say at which words a pointer gets its
+        name and what kind of thing it is, the name itself is the bare embedding of those words. So a pair of colours that
+        never came together in training is no surprise. `names`: the same sentences, if in `text` the colours are not the
+        true ones (train.py shuffles them there, so that nothing but the names can depend on them)."""
+        words = self.embed(text) + self.text_position
         for block in self.text:
-            x = block(x)
-        return x
+            words = block(words)
+        weights = words @ self.roles.T - 1e4 * (text == 0)[..., None]                       # (B, L, 2)
+        bare = self.embed(text if names is None else names) if self.config.text == "word" else 0    # characters name nothing
+        return words, self.point_query(weights.softmax(1).transpose(1, 2) @ (words + bare))
 
-    def fuse(self, patches, words, state, frame=slice(None)):
-        """(B, keep, C), (R, L, C), (R, S) raw state to actions (R, K, A), goals (R, 6) (object_pos and target_pos, world frame,
-        normalised) and log-attention of the CLS token on the patches (R, heads, keep). Row i sees patches[frame[i]].
+    def fuse(self, patches, words, queries, state, frame=slice(None)):
+        """(B, keep, C), (R, L, C), (R, 2, C), (R, S) raw state to actions (R, K, A), goals (R, 6) (object_pos and target_pos,
+        world frame, normalised) and the pointers' log-attention on the patches (R, 2, keep). Row i sees patches[frame[i]].
 
-        The CLS token, the words and the state look at everything; the patches are only looked at."""
+        The CLS token, the words, what is pointed at and the state look at everything; the patches are only looked at."""
         state = (state - self.state_mean) / self.state_std
-        x = torch.cat([self.cls.expand(len(state), 1, -1), words, self.state(state)[:, None]], 1)        # (R, 1+L+1, C)
+        logits = queries @ self.point_key(patches)[frame].transpose(1, 2) * queries.shape[-1] ** -0.5
+        pointed = logits.softmax(-1) @ patches[frame]                                       # (R, 2, C)
+        x = torch.cat([self.cls.expand(len(state), 1, -1), words, pointed, self.state(state)[:, None]], 1)   # (R, 1+L+2+1, C)
         for block in self.fusion[:-1]:
             x = block(x, block.keys(patches)[frame])
-        x, logits = self.fusion[-1](x, self.fusion[-1].keys(patches)[frame], rows=1)
-        x = self.norm(x[:, 0])
+        x = self.norm(self.fusion[-1](x, self.fusion[-1].keys(patches)[frame], rows=1)[:, 0])
         goal = self.goal(x)
         actions = self.head(torch.cat([x, goal, state], 1)).unflatten(1, (-1, A))
-        return actions, goal, logits[:, :, 0].log_softmax(-1)[:, :, -patches.shape[1]:]
+        return actions, goal, logits.log_softmax(-1)
 
-    def forward(self, images, state, text, frame=slice(None), sentence=slice(None)):
+    def forward(self, images, state, text, frame=slice(None), sentence=slice(None), names=None):
         """images (B, V, H, W, 3) uint8, state (B, S), text (U, L): each picture and each sentence is encoded once.
-        Row i of the answer pairs picture frame[i] with sentence[i]; by default picture i with sentence i. Returns
-        actions (R, K, A), goals (R, 6) and log-attention (R, heads, P) on the patches of all views in turn."""
+        Row i of the answer pairs picture frame[i] with sentence[i]; by default picture i with sentence i. Returns actions
+        (R, K, A), goals (R, 6) and the pointers' log-attention (R, 2, P) on the patches of all views in turn."""
         patches, kept = self.see(images)
-        actions, goal, attention = self.fuse(patches, self.read(text)[sentence], state[frame], frame)
+        words, queries = self.read(text, names)
+        actions, goal, attention = self.fuse(patches, words[sentence], queries[sentence], state[frame], frame)
         kept = kept[frame][:, None].expand(-1, attention.shape[1], -1)
         everywhere = attention.new_full((*attention.shape[:2], sum(s * s for s in self.sides)), -20.0)
         return actions, goal, everywhere.scatter(2, kept, attention)
@@ -290,8 +299,8 @@ class VLA(Policy):
             text = torch.stack([tokenize(s, self.config) for s in distinct]).to(self.device)
             self.known = distinct, self.read(text)
         images, state = self.read_obs(observations)
-        words = self.known[1][[distinct.index(s) for s in sentences]]
-        return self.fuse(self.see(images)[0], words, state)[0].float().cpu().numpy()
+        words, queries = (part[[distinct.index(s) for s in sentences]] for part in self.known[1])
+        return self.fuse(self.see(images)[0], words, queries, state)[0].float().cpu().numpy()
 
 
 class BC(Policy):
@@ -318,7 +327,7 @@ if __name__ == "__main__":
     model = VLA(Config(words=tuple(f"word{i}" for i in range(30)))).eval()
     config, shapes, work = model.config, {}, {}
     parts = dict(stem=(model.stem, model.patch, model.merge), vision=model.vision, text=(model.embed, *model.text),
-                 state=(model.state,), fusion=model.fusion, goal=(model.goal,), head=(model.head,))
+                 state=(model.state,), pointers=(model.point_query, model.point_key), fusion=model.fusion, goal=(model.goal,), head=(model.head,))
     images = torch.zeros(1, len(config.cameras), config.image_size, config.image_size, 3, dtype=torch.uint8)
     for name, modules in parts.items():
         list(modules)[-1].register_forward_hook(lambda m, i, o, name=name: shapes.__setitem__(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import BC, GROUNDED, STATES, VLA, Config, split, tokenize
+from model import BC, STATES, VLA, Config, split, tokenize
 
 
 def fail(message):
@@ -40,6 +40,8 @@ add("--lr", type=float, default=0.02, help="Muon's learning rate, for the transf
 add("--adam_lr", type=float, default=2e-3, help="AdamW's, for everything else (default 0.002)")
 add("--word_dropout", type=float, default=0.1, help="share of a sentence's other words than colours and directions that are "
     "left out in training (default 0.1)")
+add("--shuffle_names", type=int, default=1, choices=(0, 1), help="1: other colours in the words that are read in their context, so "
+    "that only the pointers' names depend on them (default 1)")
 add("--optimizer", default="muon", choices=("muon", "adamw"), help="adamw: AdamW for everything (default muon)")
 add("--ground", type=float, default=0.1, help="weight of the attention supervision (default 0.1)")
 add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
@@ -130,11 +132,16 @@ def load(path, state_keys, cameras):
 
 
 def draw_text(keys, rng):
-    """Sentences (U, L) for the distinct requests `keys`, each worded in one way, with words left out at random, so that
-    other wordings than those of the file can be read; colours and the like, which carry the meaning, stay."""
-    text = torch.stack([tokens[k][rng.integers(len(tokens[k]))] for k in keys])
-    dropped = torch.from_numpy(rng.random(text.shape) < args.word_dropout) & ~torch.isin(text, meaning)
-    return torch.where(dropped, 0, text).to(device)
+    """Sentences (U, L) for the distinct requests `keys`, each worded in one way, twice: as words in their context, with some
+    left out and with other colours, and as they are, for the names (see VLA.read). What is left out teaches other wordings
+    than those of the file; colours and the like, which carry the meaning, stay."""
+    names = torch.stack([tokens[k][rng.integers(len(tokens[k]))] for k in keys])
+    dropped = torch.from_numpy(rng.random(names.shape) < args.word_dropout) & ~torch.isin(names, meaning)
+    table = torch.arange(1 + max(len(config.words), 99)).repeat(len(names), 1)
+    if args.shuffle_names:
+        for row in table:
+            row[naming] = naming[rng.permutation(len(naming))]
+    return torch.where(dropped, 0, table.gather(1, names)).to(device), names.to(device)
 
 
 def losses(frames, relabel, rng):
@@ -147,17 +154,17 @@ def losses(frames, relabel, rng):
         return dict(action=((net(state) - wanted).abs().mean(-1) * inside).sum() / inside.sum())
     twice = torch.cat([frames, frames[:relabel]])
     keys, sentence = torch.cat([data["key"][frames], data["other_key"][frames[:relabel]]]).unique(return_inverse=True)
-    text, sentence = draw_text(keys.tolist(), rng), sentence.to(device)
+    (text, names), sentence = draw_text(keys.tolist(), rng), sentence.to(device)
     frame = torch.cat([torch.arange(len(frames)), torch.arange(relabel)]).to(device)
     with autocast:
-        actions, goal, attention = net(data["images"][frames].to(device), state, text, frame, sentence)
+        actions, goal, attention = net(data["images"][frames].to(device), state, text, frame, sentence, names)
     actions, goal, attention = actions.float(), goal.float(), attention.float()
     error = ((actions[:len(frames)] - wanted).abs().mean(-1) * inside).sum() / inside.sum()
     if relabel:                                                # only the first action of these is known
         error = error + (actions[len(frames):, 0] - data["other_action"][frames[:relabel]].to(device)).abs().mean()
     position = torch.cat([data["goal"][frames], data["other_goal"][frames[:relabel]]]).to(device)       # (R, 6) m
     goal_error = F.smooth_l1_loss(goal, (position - model.goal_mean) / model.goal_std, beta=0.1)
-    # attention heads 0 and 1 of the last layer are to look at the patches that hold the thing and its place
+    # the pointers are to look at the patches that hold the thing and its place
     things = torch.cat([data["things"][frames], data["other_things"][frames[:relabel]]])
     rows = torch.arange(len(twice))[:, None]
     uv, first, looks, seen_in = data["uv"][twice], 0, 0, 0
@@ -166,7 +173,7 @@ def losses(frames, relabel, rng):
         cell = (spot * side).long().clamp(0, side - 1)
         patch = (first + cell[..., 1] * side + cell[..., 0]).to(device)
         seen = ((spot[..., 0] >= 0) & (things >= 0)).float().to(device)
-        looks = looks + attention[:, :len(GROUNDED)].gather(2, patch[..., None])[..., 0] * seen
+        looks = looks + attention.gather(2, patch[..., None])[..., 0] * seen
         seen_in = seen_in + seen
         first += side * side
     return dict(action=error, goal=goal_error, ground=-(looks / seen_in.clamp_min(1)).mean())
@@ -243,7 +250,7 @@ class Plain(torch.nn.Module):
     def forward(self, images, state, text):
         m = self.model
         state = (state - m.state_mean) / m.state_std
-        x = torch.cat([m.cls.expand(len(state), 1, -1), self.vision(m.see(images)[0]), self.text(m.read(text)),
+        x = torch.cat([m.cls.expand(len(state), 1, -1), self.vision(m.see(images)[0]), self.text(m.read(text)[0]),
                        m.state(state)[:, None]], 1)
         x = m.norm(self.fusion(x)[:, 0])
         return m.head(torch.cat([x, m.goal(x), state], 1))
@@ -339,6 +346,8 @@ if args.model == "vla":
         vocabularies = [{w for s in r["sentences"] for w in split(s)} for r in requests if r["task"] == task]
         meaning |= set.union(*vocabularies) - set.intersection(*vocabularies)
     meaning = torch.tensor([i + 1 for i, w in enumerate(config.words) if w in meaning] if args.text == "word" else range(99))
+    colors = {word for r in requests for slot, word in r["slots"].items() if slot in ("block", "pad", "lower")}
+    naming = torch.tensor([i + 1 for i, w in enumerate(config.words) if w in colors and args.text == "word"], dtype=torch.long)
 model.to(device)
 if args.compile:
     import torch._dynamo
