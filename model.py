@@ -215,6 +215,7 @@ class VLA(Policy):
         self.state = nn.Sequential(nn.Linear(config.state_size, C), nn.ReLU(), nn.Linear(C, C))
         self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
         self.point_query, self.point_key = nn.Linear(C, C), nn.Linear(C, C)
+        self.word_norm, self.patch_norm = nn.LayerNorm(C), nn.LayerNorm(C)
         self.cls = nn.Parameter(torch.randn(C) * 0.02)
         self.fusion = nn.ModuleList(Block(C, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(C)
@@ -258,9 +259,10 @@ class VLA(Policy):
         words = self.embed(text) + self.text_position
         for block in self.text:
             words = block(words)
-        weights = words @ self.roles.T - 1e4 * (text == 0)[..., None]                       # (B, L, 2)
+        context = self.word_norm(words)
+        weights = context @ self.roles.T * self.roles.shape[1] ** -0.5 - 1e4 * (text == 0)[..., None]        # (B, L, 2)
         bare = self.embed(text if names is None else names) if self.config.text == "word" else 0    # characters name nothing
-        return words, self.point_query(weights.softmax(1).transpose(1, 2) @ (words + bare))
+        return words, self.point_query(weights.softmax(1).transpose(1, 2) @ (context + bare))
 
     def fuse(self, patches, words, queries, state, frame=slice(None)):
         """(B, keep, C), (R, L, C), (R, 2, C), (R, S) raw state to actions (R, K, A), goals (R, 6) (object_pos and target_pos,
@@ -268,7 +270,7 @@ class VLA(Policy):
 
         The CLS token, the words, what is pointed at and the state look at everything; the patches are only looked at."""
         state = (state - self.state_mean) / self.state_std
-        logits = queries @ self.point_key(patches)[frame].transpose(1, 2) * queries.shape[-1] ** -0.5
+        logits = queries @ self.point_key(self.patch_norm(patches))[frame].transpose(1, 2) * queries.shape[-1] ** -0.5
         pointed = logits.softmax(-1) @ patches[frame]                                       # (R, 2, C)
         x = torch.cat([self.cls.expand(len(state), 1, -1), words, pointed, self.state(state)[:, None]], 1)   # (R, 1+L+2+1, C)
         for block in self.fusion[:-1]:

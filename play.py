@@ -6,8 +6,8 @@
     python play.py                                         # type sentences; with a display, in MuJoCo's viewer
 
 Pictures show the room through the same ray caster that the policy sees with, and beside it the two 64x64 pictures that
-are all it gets to see. With --attention those two carry the attention of the CLS token in the last layer: red where
-head 0 looks for what is to be moved, green where head 1 looks for the pad or block that it is to be moved to.
+are all it gets to see. With --attention those two carry the attention of its two pointers: red for what is to be
+moved, green for the pad or block that it is to be moved to.
 """
 import argparse
 import os

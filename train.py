@@ -207,7 +207,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model):
-    inner = (".q.", ".kv.", ".out.", ".up.", ".down.")         # the transformers' matrices
+    inner = (".q.", ".kv.", ".out.", ".up.", ".down.", "point_query", "point_key")         # the transformers' matrices
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and any(part in name for part in inner)
                 and args.optimizer == "muon"]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
