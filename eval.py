@@ -176,8 +176,8 @@ def play(policy, control, seeds, pool, envs, bar, wording):
             env.switch = None
             another(i)
         elif success or truncated or info["diverged"] or original and control == "swap":
-            results[i] = dict(seed=seeds[i], task=task, told=told[i], original=env.original_sentence, success=bool(success and not info["diverged"]),
-                              original_success=bool(original), touched=info["touched"], block=info.get("block"),
+            results[i] = dict(seed=seeds[i], task=task, told=told[i], original=env.original_sentence,
+                              success=bool(success and not info["diverged"]), original_success=bool(original), touched=info["touched"], block=info.get("block"),
                               reward=env.total_reward / env.steps, steps=env.steps, violations=info["violations"], guard=info["guard"],
                               force=info["force"], diverged=info["diverged"], chance=env.chance)
             bar.update()
@@ -207,7 +207,8 @@ def play(policy, control, seeds, pool, envs, bar, wording):
 def make_envs(pool, policy, world):
     cameras = policy.config.cameras if isinstance(policy, torch.nn.Module) else ()
     allowed = [t for t in TASKS if t in tasks or t in known]   # what else could be asked for
-    return list(pool.map(lambda _: Env(allowed, cameras, split=args.split, guard=args.guard == "on", **world), range(min(args.width, args.episodes))))
+    new = lambda _: Env(allowed, cameras, split=args.split, guard=args.guard == "on", **world)
+    return list(pool.map(new, range(min(args.width, args.episodes))))
 
 
 def evaluate(name, policy, control="", world=None, wording=None):
@@ -227,13 +228,15 @@ def evaluate(name, policy, control="", world=None, wording=None):
     for task in [*dict.fromkeys(r["task"] for r in results), "all"]:
         mine = [r for r in results if task in ("all", r["task"])]
         n, k = len(mine), sum(r["success"] for r in mine)
-        failed, (low, high), mean = [r for r in mine if not r["success"]], wilson(k, n), lambda key: float(np.mean([r[key] for r in mine]))
+        failed, (low, high) = [r for r in mine if not r["success"]], wilson(k, n)
+        mean = lambda key: float(np.mean([r[key] for r in mine]))
         found.append(dict(
-            policy=name, control=control or "none", task=task, split=args.split, range="reporting" if args.seed >= TEST_SEED else "choosing", k=k, n=n,
-            low=low, high=high, reward=mean("reward"), reward_sd=float(np.std([r["reward"] for r in mine])), steps=mean("steps"),
+            policy=name, control=control or "none", task=task, split=args.split, k=k, n=n, low=low, high=high,
+            range="reporting" if args.seed >= TEST_SEED else "choosing", reward=mean("reward"), reward_sd=float(np.std([r["reward"] for r in mine])), steps=mean("steps"),
             steps_sd=float(np.std([r["steps"] for r in mine])), violations=sum(r["violations"] for r in mine),
             guard={g: sum(r["guard"][g] for r in mine) for g in GUARDS}, force_p95=float(np.percentile([r["force"] for r in mine], 95)),
-            force_max=max(r["force"] for r in mine), diverged=sum(r["diverged"] for r in mine), original=sum(r["original_success"] for r in mine),
+            force_max=max(r["force"] for r in mine), diverged=sum(r["diverged"] for r in mine),
+            original=sum(r["original_success"] for r in mine),
             wrong_first=sum(r["touched"] not in (None, r["block"]) for r in failed), untouched=sum(r["touched"] is None for r in failed),
             chance=mean("chance"), seconds=seconds, **world))
     if len(found) == 2:
@@ -258,7 +261,8 @@ def percent(row):
 rows = []
 try:
     if not args.transfer and not wordings:
-        print(f"{args.episodes} scenes from seed {args.seed}, split {args.split}, tasks {', '.join(tasks)}; success [95% Wilson interval]", flush=True)
+        print(f"{args.episodes} scenes from seed {args.seed}, split {args.split}, tasks {', '.join(tasks)}; success [95% Wilson "
+              "interval]", flush=True)
         for name in policies:
             if name != "policy":
                 rows += evaluate(name, name)
@@ -271,7 +275,7 @@ try:
             print("| task | " + " | ".join(p if c == "none" else c for p, c in columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
             for task in [*tasks, "all"]:
                 cells = [r for r in rows if r["task"] == task]
-                print(f"| {task} | " + " | ".join(f"{100 * r['k'] / r['n']:.1f} [{100 * r['low']:.0f}, {100 * r['high']:.0f}]" for r in cells) + " |")
+                print(f"| {task} | " + " | ".join(percent(r) for r in cells) + " |")
     for model in models if wordings else ():                   # anybody's words
         for wording in wordings:
             print(f"{wording[0]}: {wording[1]}")
@@ -321,8 +325,8 @@ if args.sensitivity:
             told = [info["instruction"], make_instruction(*other, dice)]
             difference.append([np.abs(np.diff(policy.plan([obs, obs], told)[:, 0], axis=0)).mean() for policy in (fresh.eval(), model)])
         before, after = np.mean(difference, 0)
-        print(f"{model.config.model} sensitivity: two sentences in one scene differ in the next action by {before:.3f} before training and {after:.3f} "
-              f"after (mean of 4 numbers, each in [-1, 1]; {len(difference)} scenes)")
+        print(f"{model.config.model} sensitivity: two sentences in one scene differ in the next action by {before:.3f} before training "
+              f"and {after:.3f} after (mean of 4 numbers, each in [-1, 1]; {len(difference)} scenes)")
         rows[0]["sensitivity"] = [float(before), float(after)]
 if args.latency:
     torch.set_num_threads(1)

@@ -66,7 +66,8 @@ VALID_SEED, TEST_SEED, DEMO_SEED = 0, 1_000_000, 2_000_000     # choosing, repor
 
 # What demonstrations never show: these, and the last two sentence patterns of each task.
 HELD_OUT = dict(
-    pick_place=[dict(block=b, pad=p) for b, p in (("red", "blue"), ("green", "yellow"), ("blue", "purple"), ("yellow", "red"), ("purple", "green"))],
+    pick_place=[dict(block=b, pad=p) for b, p in (("red", "blue"), ("green", "yellow"), ("blue", "purple"), ("yellow", "red"),
+                                                  ("purple", "green"))],
     stack=[dict(block=b, lower=l) for b, l in (("red", "yellow"), ("green", "purple"), ("blue", "red"), ("purple", "blue"))],
     push=[dict(block="purple")])
 SPLITS = ("seen", "phrasing", "combo", "crowd")                # as demonstrated; held-out wordings; colours; more blocks
@@ -86,8 +87,8 @@ FACTORS = dict(
 
 
 # ----------------------------------------------------------------------------- sentences
-PHRASES = dict(left=dict(towards="to the left"), right=dict(towards="to the right"), forward=dict(towards="forward"), back=dict(towards="back"),
-               open=dict(pull="pull", opened="open"), close=dict(pull="push", opened="shut"))    # other forms of a slot's word
+PHRASES = dict(left=dict(towards="to the left"), right=dict(towards="to the right"), forward=dict(towards="forward"),
+               back=dict(towards="back"), open=dict(pull="pull", opened="open"), close=dict(pull="push", opened="shut"))    # other forms of a slot's word
 PAD_WORDS = ("target", "marker", "goal", "spot", "pad", "zone")
 SLOTS = dict(block=tuple(COLORS), pad=tuple(COLORS), lower=tuple(COLORS), direction=tuple(DIRECTIONS), way=("open", "close"))
 
@@ -251,7 +252,8 @@ class RayCamera:
         turn, pos = data.cam_xmat[self.id].reshape(3, 3), data.cam_xpos[self.id]
         rgba = self.model.geom_rgba[:, :3].astype(np.float32) * 255
         image = np.empty((self.size * self.size, 3), np.uint8)
-        image[:] = (rgba[self.table] * np.float32(self.strength * (self.AMBIENT + self.DIFFUSE * self.light[2]))).clip(0, 255).astype(np.uint8)
+        flat = np.float32(self.strength * (self.AMBIENT + self.DIFFUSE * self.light[2]))
+        image[:] = (rgba[self.table] * flat).clip(0, 255).astype(np.uint8)
         geoms = self.geom.reshape(-1)
         geoms[:] = self.table
         if (self.rays[self.outermost] @ turn[2] >= 0).any():   # the horizon is in the picture
@@ -327,6 +329,7 @@ class Env:
         self.tasks, self.n_blocks, self.n_pads = tuple(tasks), n_blocks + CROWD * (split == "crowd"), n_pads
         self.split, self.randomize, self.guard = split, randomize, guard
         self.factors = tuple(FACTORS) if randomize_only is None else (randomize_only,)
+        self.late = False                                      # whether actions arrive one control step late
         self.model = m = mujoco.MjModel.from_xml_string(scene_xml(self.n_blocks, n_pads))
         self.normal = mujoco.MjModel.from_xml_string(scene_xml(self.n_blocks, n_pads)) if randomize else None
         self.data = mujoco.MjData(m)
@@ -407,8 +410,6 @@ class Env:
         self.meddled, self.lifted, self.waiting = set(), np.zeros(self.n_blocks, bool), np.zeros(self.n_blocks, bool)
         self._refresh(moved=False)
 
-    late = False                                               # whether actions arrive one control step late
-
     def _randomize(self, rng):
         """Draws a world around the normal one. Every factor takes its numbers, so that one alone is as in all at once."""
         m, normal, cameras = self.model, self.normal, self.cameras.values()
@@ -460,7 +461,8 @@ class Env:
         """What the words mean in this scene: indices of blocks and pads, a unit vector (2,) for a direction. These are the
         arguments of a Task's methods. Raises ValueError, in one sentence, for a colour that is not there."""
         found = dict(slots)
-        for slot, colors, kind in (("block", self.block_colors, "block"), ("lower", self.block_colors, "block"), ("pad", self.pad_colors, "pad")):
+        blocks, pads = (self.block_colors, "block"), (self.pad_colors, "pad")
+        for slot, (colors, kind) in dict(block=blocks, lower=blocks, pad=pads).items():
             if slot in slots:
                 if slots[slot] not in colors:
                     raise ValueError(f"there is no {slots[slot]} {kind} in this scene (seed {self.seed}); it has "
@@ -487,7 +489,8 @@ class Env:
             choice = self.requests(tasks[i])
             for j in rng.permutation(len(choice)):
                 request = tasks[i], choice[j]
-                if request != avoid and only.items() <= choice[j].items() and combo in (None, is_held_out(*request)) and self.can_ask(*request):
+                fits = request != avoid and only.items() <= choice[j].items() and combo in (None, is_held_out(*request))
+                if fits and self.can_ask(*request):
                     return request
 
     def things(self, slots):
@@ -840,7 +843,8 @@ class Push(Task):
         end = at[:2] + 0.14 * direction
         others = np.delete(env.block_pos, block, 0)[:, :2] - at[:2]
         along, across = others @ direction, np.abs(others @ direction[::-1])
-        return bool(at[2] < env.half[block] + 0.01 and graspable(env, block) and (end > (0.31, -0.19)).all() and (end < (0.71, 0.29)).all()
+        return bool(at[2] < env.half[block] + 0.01 and graspable(env, block)
+                    and (end > (0.31, -0.19)).all() and (end < (0.71, 0.29)).all()
                     and (start > (0.31, -0.24)).all() and (start < (0.70, 0.30)).all()
                     and not ((along > -0.13) & (along < 0.22) & (across < 0.075)).any())
 
@@ -851,7 +855,8 @@ class Push(Task):
     def success(self, env, block, direction):
         """Moved 8 cm that way since the sentence, at most 4 cm sideways, never lifted."""
         moved = env.block_pos[block, :2] - env.origin[block]
-        return bool(moved @ direction >= 0.08 and abs(moved @ direction[::-1]) <= 0.04 and not env.lifted[block] and not env.waiting[block])
+        return bool(moved @ direction >= 0.08 and abs(moved @ direction[::-1]) <= 0.04
+                    and not env.lifted[block] and not env.waiting[block])
 
     def expert(self, env, block, direction):
         if env.held is not None:
@@ -1060,7 +1065,8 @@ def write_episode(file, index, attrs, arrays):
     """Appends one episode.
 
     attrs: schema, total, seed, tasks, control_hz, requests (JSON [{task, slots, sentences}, ..]: all that can be asked
-        for, each with its wordings), env_args (JSON, with the cameras), versions, git_commit, settings, scenes_done, dropped (JSON), complete (written last)
+        for, each with its wordings), env_args (JSON, with the cameras), versions, git_commit, settings, scenes_done, dropped
+        (JSON), complete (written last)
     episode_0/                           T control steps
         attrs: instruction, task, num_samples, success, interrupted, scene_seed, sentence (0, 1, 2: how many came
             before it in this scene), block_colors, pad_colors ("red,blue,.."), slots (JSON), request (index in
@@ -1238,7 +1244,8 @@ if __name__ == "__main__":
     parser.add_argument("--cameras", default="front,wrist", help=f"comma list of {', '.join(CAMERAS)} (default front,wrist)")
     parser.add_argument("--randomize", type=float, default=0.0, help="0 to 1: how much the world differs from scene to scene (default 0)")
     parser.add_argument("--randomize_only", default=None, choices=tuple(FACTORS), help="let this alone differ (default: everything)")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 61), help="processes (default: all cores); does not change the data")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 61),
+                        help="processes (default: all cores); does not change the data")
     parser.add_argument("--bench", action="store_true", help="only print the recording rate of one core beside bare physics")
     args = parser.parse_args()
     cameras = args.cameras.split(",")

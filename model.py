@@ -99,15 +99,16 @@ class Block(nn.Module):
 
     def forward(self, x, others=None, rows=None):
         """(B, N, C) to (B, N, C). The tokens look at themselves and at `others`, keys() of more tokens, (B, heads, M,
-        2 C / heads), which stay as they are. With `rows`, only that many first tokens are computed: the last layer needs
-        nothing but the CLS row."""
+        2 C / heads), which stay as they are. With `rows`, only that many first tokens are computed, and the attention
+        logits (B, heads, rows, N + M) come back too: the last layer needs nothing but the CLS row."""
         keys = self.keys(x) if others is None else torch.cat([self.keys(x), others], 2)
         k, v = keys.chunk(2, -1)
         x = x[:, :rows]
         q = self.q(self.norm1(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        attention = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        x = x + self.out((attention @ v).transpose(1, 2).flatten(2))
-        return x + self.down(F.relu(self.up(self.norm2(x))).square())    # ReLU squared: Primer, arXiv:2109.08668
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        x = x + self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = x + self.down(F.relu(self.up(self.norm2(x))).square())       # ReLU squared: Primer, arXiv:2109.08668
+        return x if rows is None else (x, logits)
 
 
 def sincos_2d(side, width):
@@ -266,7 +267,8 @@ class VLA(Policy):
 
     def fuse(self, patches, words, queries, state, frame=slice(None)):
         """(B, keep, C), (R, L, C), (R, 2, C), (R, S) raw state to actions (R, K, A), goals (R, 6) (object_pos and target_pos,
-        world frame, normalised) and the pointers' log-attention on the patches (R, 2, keep). Row i sees patches[frame[i]].
+        world frame, normalised) and log-attention on the patches (R, 4, keep): the two pointers', then that of the CLS token's
+        first two heads, which look again at what was pointed at. Row i sees patches[frame[i]].
 
         The CLS token, the words, what is pointed at and the state look at everything; the patches are only looked at."""
         state = (state - self.state_mean) / self.state_std
@@ -275,15 +277,17 @@ class VLA(Policy):
         x = torch.cat([self.cls.expand(len(state), 1, -1), words, pointed, self.state(state)[:, None]], 1)   # (R, 1+L+2+1, C)
         for block in self.fusion[:-1]:
             x = block(x, block.keys(patches)[frame])
-        x = self.norm(self.fusion[-1](x, self.fusion[-1].keys(patches)[frame], rows=1)[:, 0])
+        x, looks = self.fusion[-1](x, self.fusion[-1].keys(patches)[frame], rows=1)
+        x = self.norm(x[:, 0])
         goal = self.goal(x)
         actions = self.head(torch.cat([x, goal, state], 1)).unflatten(1, (-1, A))
-        return actions, goal, logits.log_softmax(-1)
+        looks = looks[:, :len(POINTERS), 0].log_softmax(-1)[..., -patches.shape[1]:]
+        return actions, goal, torch.cat([logits.log_softmax(-1), looks], 1)
 
     def forward(self, images, state, text, frame=slice(None), sentence=slice(None), names=None):
         """images (B, V, H, W, 3) uint8, state (B, S), text (U, L): each picture and each sentence is encoded once.
         Row i of the answer pairs picture frame[i] with sentence[i]; by default picture i with sentence i. Returns actions
-        (R, K, A), goals (R, 6) and the pointers' log-attention (R, 2, P) on the patches of all views in turn."""
+        (R, K, A), goals (R, 6) and log-attention (R, 4, P), as in fuse, on the patches of all views in turn."""
         patches, kept = self.see(images)
         words, queries = self.read(text, names)
         actions, goal, attention = self.fuse(patches, words[sentence], queries[sentence], state[frame], frame)
@@ -329,7 +333,8 @@ if __name__ == "__main__":
     model = VLA(Config(words=tuple(f"word{i}" for i in range(30)))).eval()
     config, shapes, work = model.config, {}, {}
     parts = dict(stem=(model.stem, model.patch, model.merge), vision=model.vision, text=(model.embed, *model.text),
-                 state=(model.state,), pointers=(model.point_query, model.point_key), fusion=model.fusion, goal=(model.goal,), head=(model.head,))
+                 state=(model.state,), pointers=(model.point_query, model.point_key), fusion=model.fusion,
+                 goal=(model.goal,), head=(model.head,))
     images = torch.zeros(1, len(config.cameras), config.image_size, config.image_size, 3, dtype=torch.uint8)
     for name, modules in parts.items():
         list(modules)[-1].register_forward_hook(lambda m, i, o, name=name: shapes.__setitem__(

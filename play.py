@@ -120,7 +120,7 @@ class Scene:
         """Attention (V, side, side, 2) of the pointers on each view's patches, for thing and place, 0..1."""
         images, state = self.policy.read_obs(self.obs)
         text = tokenize(self.info["instruction"], self.policy.config)
-        attention = self.policy(images, state, text[None])[2][0].exp()               # (2, P)
+        attention = self.policy(images, state, text[None])[2][0, :2].exp()           # (2, P)
         views = attention.split([s * s for s in self.policy.sides], 1)
         return [(v / attention.amax(1, keepdim=True)).T.unflatten(0, (s, s)).numpy() for v, s in zip(views, self.policy.sides)]
 

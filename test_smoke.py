@@ -399,7 +399,9 @@ def test_computing_only_the_cls_row_is_the_same_function():
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.3)
     for more in (None, others):
-        torch.testing.assert_close(block(x, more, rows=1), block(x, more)[:, :1], atol=1e-4, rtol=1e-4)
+        row, logits = block(x, more, rows=1)
+        assert logits.shape == (3, 4, 1, 9 if more is None else 14)
+        torch.testing.assert_close(row, block(x, more)[:, :1], atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_called_by_name_does_not_depend_on_the_other_name():

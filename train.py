@@ -164,12 +164,12 @@ def losses(frames, relabel, rng):
         error = error + (actions[len(frames):, 0] - data["other_action"][frames[:relabel]].to(device)).abs().mean()
     position = torch.cat([data["goal"][frames], data["other_goal"][frames[:relabel]]]).to(device)       # (R, 6) m
     goal_error = F.smooth_l1_loss(goal, (position - model.goal_mean) / model.goal_std, beta=0.1)
-    # the pointers are to look at the patches that hold the thing and its place
-    things = torch.cat([data["things"][frames], data["other_things"][frames[:relabel]]])
+    # the pointers, and after them two heads of the CLS token, are to look at the patches that hold the thing and its place
+    things = torch.cat([data["things"][frames], data["other_things"][frames[:relabel]]]).repeat(1, 2)
     rows = torch.arange(len(twice))[:, None]
     uv, first, looks, seen_in = data["uv"][twice], 0, 0, 0
     for view, side in enumerate(model.sides):
-        spot = uv[:, view][rows, things]                       # (R, 2, 2): x, y of both, -1 where not visible
+        spot = uv[:, view][rows, things]                       # (R, 4, 2): x, y of each, -1 where not visible
         cell = (spot * side).long().clamp(0, side - 1)
         patch = (first + cell[..., 1] * side + cell[..., 0]).to(device)
         seen = ((spot[..., 0] >= 0) & (things >= 0)).float().to(device)
