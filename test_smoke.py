@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 import gen_data
-from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, GUARDS, SPLITS, TASKS, TEST_SEED, Env, all_requests, expert, fill,
+from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, SPLITS, TASKS, TEST_SEED, Env, all_requests, expert, fill,
                       is_held_out, parse_instruction, patterns, seen_at)
 from model import CHARS, PROPRIO, VLA, Block, Config, split, tokenize
 
@@ -218,12 +218,11 @@ def test_guard_stops_what_is_unsafe():
     env, wild = Env(cameras=()), Env(cameras=(), guard=False)
     for e in (env, wild):
         e.reset(0)
-        for action in [(2, 0, 0, 1)] * 2 + [(1, 1, 1, 1)] * 10 + [(0, 0, -1, -1)] * 40:
+        for action in [(2, 0, 0, 1), (1, 1, 1, 1)] + [(0, 0, 1, 1)] * 15:
             info = e.step(np.array(action, float))[4]
-    assert min(info["guard"].get(g, 0) for g in ("joint", "force")) == 0 and not any(info["guard"].values())
-    info = env._info()
-    assert all(info["guard"][g] for g in ("action", "speed", "box")) and info["violations"] == sum(info["guard"].values())
-    assert wild.ee_pos[0] > env.ee_pos[0] + 0.02               # it left the box
+        assert info["violations"] == sum(info["guard"].values())
+    assert env.guarded["action"] == 1 and env.guarded["speed"] == 1 and env.guarded["box"] > 3 and not any(wild.guarded.values())
+    assert wild.ee_pos[2] > 0.4 > 0.36 > env.ee_pos[2]         # without the guard it left the box
 
     forces = []
     for e in (env, wild):                                      # a block pressed into the table from above
