@@ -173,7 +173,7 @@ def play(policy, control, seeds, pool, envs, bar, wording):
         env.original_steps = env.original_steps + 1 if TASKS[task].success(env, **which) else 0
         original = env.original_steps >= SUCCESS_STEPS
         if env.switch is not None and (success or env.steps >= env.switch) and not info["diverged"]:
-            env.switch = None
+            env.switch, env.total_reward = None, 0.0
             another(i)
         elif success or truncated or info["diverged"] or original and control == "swap":
             results[i] = dict(seed=seeds[i], task=task, told=told[i], original=env.original_sentence,
