@@ -1,11 +1,12 @@
 """The whole vision-language-action model, and a behaviour-cloning baseline. `python model.py` prints its size.
 
     front_image ──┐ conv stem   ┌──────────┐
-    wrist_image ──┴─ patches ──▶│ ViT, 2   │──▶ P tokens ──┐
-                                └──────────┘               │   ┌───────────┐      ┌──────┐
-    "pick up the red block .." ▶│ text, 2  │──▶ L tokens ──┼──▶│ fusion, 2 │─CLS─▶│ head │──▶ K actions
-    joints, hand, gripper ─────▶│ MLP      │──▶ 1 token  ──┤   └───────────┘      └──────┘
-                                            learned CLS ───┘
+    wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ P tokens ──┐
+                                └──────────┘  │             │
+                                       2 pointers ▶ 2 tokens┤   ┌───────────┐      ┌──────┐
+    "pick up the red block .." ▶│ text, 2  │──┴▶ L tokens ──┼──▶│ fusion, 2 │─CLS─▶│ head │──▶ K actions
+    joints, hand, gripper ─────▶│ MLP      │───▶ 1 token  ──┤   └───────────┘      └──────┘
+                                             learned CLS ───┘
 
 Dimension letters, used everywhere: B batch, V views (cameras), H W pixels, P patch tokens of all views, L text tokens,
 N all tokens, C width, S state numbers, K actions in a chunk, A numbers in an action.
