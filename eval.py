@@ -104,8 +104,8 @@ def read_instructions(path):
     if not lines:
         fail(f"{path} is empty; it should have lines of a task, a tab and a sentence")
     for number, line in enumerate(lines, 1):
-        task, tab, pattern = (part.strip() for part in line.partition("\t"))
-        if not tab or task not in TASKS:
+        task, _, pattern = (part.strip() for part in line.partition("\t"))
+        if not pattern or task not in TASKS:
             fail(f"{path}, line {number}: it should begin with one of {', '.join(TASKS)} and a tab, not {line[:40]!r}")
         named = re.findall(r"{([^}]*)}", pattern)
         if wrong := [slot for slot in named if slot not in {**SLOTS, **forms}]:

@@ -279,7 +279,7 @@ def content(path):
     found = {}
 
     def keep(name, item):
-        found.update({(name, key): value for key, value in item.attrs.items()})
+        found.update({(name, key): np.asarray(value).tolist() for key, value in item.attrs.items()})
         if isinstance(item, h5py.Dataset):
             found[name] = item.dtype, item.shape, item[()].tobytes()
 
