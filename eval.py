@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gen_data import (FACTORS, GUARDS, MAX_STEPS, PHRASES, SLOTS, SPLITS, SUCCESS_STEPS, TASKS, TEST_SEED, Env, expert, fill,
+from gen_data import (FACTORS, GUARDS, HELD_OUT, MAX_STEPS, PHRASES, SLOTS, SPLITS, SUCCESS_STEPS, TASKS, TEST_SEED, Env, expert, fill,
                       make_instruction, parse_instruction, task_list)
 from model import VLA
 
@@ -84,13 +84,17 @@ if "policy" in policies:
             fail(f"--execute {args.execute} is more than the checkpoint's chunk of {model.config.chunk}")
 if args.transfer and not (models and args.out):
     fail("--transfer needs checkpoints and --out")
+if args.transfer + args.controls + bool(args.instructions) > 1:
+    fail("--transfer, --instructions and --controls are three evaluations; choose one at a time")
+if args.randomize_only and (args.transfer or not args.randomize):
+    fail("--randomize_only goes with --randomize and without --transfer, which plays every factor")
 known = [task for task in TASKS if any(task in m.config.tasks for m in models)] or ["pick_place"]
 try:
     tasks = task_list(args.tasks) if args.tasks else known
 except ValueError as error:
     fail(f"--tasks {error}")
-if args.split == "combo" and not (tasks := [t for t in tasks if t in ("pick_place", "stack", "push")]):
-    fail("--split combo: no colours are held out in these tasks, only in pick_place, stack, push")
+if args.split == "combo" and not (tasks := [t for t in tasks if t in HELD_OUT]):
+    fail(f"--split combo: no colours are held out in these tasks, only in {', '.join(HELD_OUT)}")
 
 
 def read_instructions(path):
@@ -258,7 +262,7 @@ def percent(row):
 
 
 # ----------------------------------------------------------------------------- the table
-rows = []
+rows, headline = [], {}                                        # of each checkpoint, the row for all tasks
 try:
     if not args.transfer and not wordings:
         print(f"{args.episodes} scenes from seed {args.seed}, split {args.split}, tasks {', '.join(tasks)}; success [95% Wilson "
@@ -269,6 +273,8 @@ try:
         for model in models:
             for control in ("", *(("blind", "deaf", "swap", "retarget") if args.controls and model.config.model == "vla" else ())):
                 rows += evaluate(model.config.model, model, control)
+                if not control:
+                    headline[model] = rows[-1]
         print(f"chance, for who moves perfectly and picks any of the things that could be asked for, is {100 * rows[-1]['chance']:.1f}%")
         columns = list(dict.fromkeys((r["policy"], r["control"]) for r in rows))
         if len(tasks) > 1:
@@ -327,10 +333,10 @@ if args.sensitivity:
         before, after = np.mean(difference, 0)
         print(f"{model.config.model} sensitivity: two sentences in one scene differ in the next action by {before:.3f} before training "
               f"and {after:.3f} after (mean of 4 numbers, each in [-1, 1]; {len(difference)} scenes)")
-        rows[0]["sensitivity"] = [float(before), float(after)]
+        headline.get(model, {})["sensitivity"] = [float(before), float(after)]
 if args.latency:
     torch.set_num_threads(1)
-    for model, row in zip(models, [r for r in rows if r["policy"] in ("vla", "bc") and r["control"] == "none"]):
+    for model in models:
         env, execute = Env(tasks, model.config.cameras), model.config.execute
         obs, info = env.reset(args.seed)
         model.reset()
@@ -341,9 +347,9 @@ if args.latency:
             times.append((time.perf_counter() - begin) * 1e3)
         times = np.array(times).reshape(-1, execute)[2:]       # ms; a row is a look and what is taken from its chunk
         kinds = {"fresh look": times[:, 0], "from the chunk": times[:, 1:], "averaged over a chunk": times.mean(1)}
-        row["latency_ms"] = {k: np.percentile(v, (50, 95)).tolist() for k, v in kinds.items() if v.size}
+        latency = headline.get(model, {})["latency_ms"] = {k: np.percentile(v, (50, 95)).tolist() for k, v in kinds.items() if v.size}
         print(f"{model.config.model} predict on one core, p50 and p95: " + ", ".join(
-            f"{k} {p50:.2f} and {p95:.2f} ms" for k, (p50, p95) in row["latency_ms"].items()))
+            f"{k} {p50:.2f} and {p95:.2f} ms" for k, (p50, p95) in latency.items()))
 if args.out:
     episode_file.close()
     Path(episode_file.name).replace(args.out.with_suffix(".jsonl"))

@@ -83,7 +83,7 @@ FACTORS = dict(
     mass=(0.5, 0.1),                   # share, of the blocks' mass and size
     damping=(0.5,),                    # share, of the joints'
     servo=(0.25,),                     # share, of gain and bias together
-    delay=(1,))                        # control steps, with half this probability
+    delay=(0.5,))                      # probability that actions arrive one control step late
 
 
 # ----------------------------------------------------------------------------- sentences
@@ -414,27 +414,26 @@ class Env:
         """Draws a world around the normal one. Every factor takes its numbers, so that one alone is as in all at once."""
         m, normal, cameras = self.model, self.normal, self.cameras.values()
         draw = {name: rng.uniform(-1, 1, 32) * self.randomize * (name in self.factors) for name in FACTORS}
-        size = {name: FACTORS[name] for name in FACTORS}
         for camera in cameras:
-            light = RayCamera.LIGHT + size["light"][0] * draw["light"][:3]
+            light = RayCamera.LIGHT + FACTORS["light"][0] * draw["light"][:3]
             camera.light = light / np.linalg.norm(light) * np.linalg.norm(RayCamera.LIGHT)
-            camera.strength = 1 + size["light"][1] * draw["light"][3]
+            camera.strength = 1 + FACTORS["light"][1] * draw["light"][3]
         m.geom_rgba[:] = normal.geom_rgba
-        m.geom_rgba[m.geom("table").id, :3] += size["color"][0] * draw["color"][:3]
-        m.cam_pos[:] = normal.cam_pos + size["camera"][0] * draw["camera"][:9].reshape(3, 3)
-        m.cam_fovy[:] = normal.cam_fovy + size["camera"][1] * draw["camera"][9:12]
-        self.pixel_noise = size["noise"][0] * abs(draw["noise"][0])
-        m.geom_friction[:, 0] = normal.geom_friction[:, 0] * (1 + size["friction"][0] * draw["friction"][0])
-        scale, mass = (1 + s * draw["mass"][k:k + self.n_blocks] for k, s in ((0, size["mass"][1]), (8, size["mass"][0])))
+        m.geom_rgba[m.geom("table").id, :3] += FACTORS["color"][0] * draw["color"][:3]
+        m.cam_pos[:] = normal.cam_pos + FACTORS["camera"][0] * draw["camera"][:9].reshape(3, 3)
+        m.cam_fovy[:] = normal.cam_fovy + FACTORS["camera"][1] * draw["camera"][9:12]
+        self.pixel_noise = FACTORS["noise"][0] * abs(draw["noise"][0])
+        m.geom_friction[:, 0] = normal.geom_friction[:, 0] * (1 + FACTORS["friction"][0] * draw["friction"][0])
+        scale, mass = (1 + s * draw["mass"][k:k + self.n_blocks] for k, s in ((0, FACTORS["mass"][1]), (8, FACTORS["mass"][0])))
         geoms, bodies = self.block_geom, self.block_body
         m.geom_size[geoms], m.geom_rbound[geoms] = normal.geom_size[geoms] * scale[:, None], normal.geom_rbound[geoms] * scale
         m.geom_aabb[geoms] = normal.geom_aabb[geoms] * scale[:, None]
         m.body_mass[bodies] = normal.body_mass[bodies] * mass
         m.body_inertia[bodies] = normal.body_inertia[bodies] * (mass * scale ** 2)[:, None]
-        m.dof_damping[:] = normal.dof_damping * (1 + size["damping"][0] * draw["damping"][0])
-        servo = 1 + size["servo"][0] * draw["servo"][:7, None]
+        m.dof_damping[:] = normal.dof_damping * (1 + FACTORS["damping"][0] * draw["damping"][0])
+        servo = 1 + FACTORS["servo"][0] * draw["servo"][:7, None]
         m.actuator_gainprm[:7], m.actuator_biasprm[:7] = normal.actuator_gainprm[:7] * servo, normal.actuator_biasprm[:7] * servo
-        self.late = bool(rng.random() < 0.5 * self.randomize) and "delay" in self.factors
+        self.late = bool(rng.random() < FACTORS["delay"][0] * self.randomize) and "delay" in self.factors
         self.pixels = np.random.default_rng([self.seed, 8])
         mujoco.mj_setConst(m, mujoco.MjData(m))                # what follows from the masses
         for camera in cameras:
@@ -508,7 +507,7 @@ class Env:
     def set_request(self, request, text):
         """The same with the meaning known: (task, slots)."""
         which = self.resolve(request[1])
-        self.request, self.instruction, self.which = request, text, which
+        self.request, self.instruction, self.which, self.thing = request, text, which, self.things(request[1])[0]
         (self.task, self.slots), self.steps, self.done_steps, self.touched = request, 0, 0, None
         self.origin, self.lifted[:], self.meddled = self.block_pos[:, :2].copy(), False, set()
         self.waiting = self.block_pos[:, 2] > self.half + 0.01           # in the air: its story starts when it is put down
@@ -630,10 +629,9 @@ class Env:
         """Shaped, in [0, 1]: reaching up to 0.2, holding 0.2, distance to the target up to 0.4; 1 on success."""
         if success:
             return 1.0
-        thing = self.things(self.slots)[0]
-        near = 1 - np.tanh(5 * np.linalg.norm(self.thing_pos[thing] - self.ee_pos))
-        there = 1 - np.tanh(5 * np.linalg.norm(self.thing_pos[thing] - self.target()))
-        return float(0.2 * near + 0.2 * (self.grasped == thing) + 0.4 * there)
+        at = self.thing_pos[self.thing]
+        near, there = (1 - np.tanh(5 * np.linalg.norm(at - goal)) for goal in (self.ee_pos, self.target()))
+        return float(0.2 * near + 0.2 * (self.grasped == self.thing) + 0.4 * there)
 
     def _info(self):
         return dict(instruction=self.instruction, task=self.task, success=self.done_steps >= SUCCESS_STEPS, touched=self.touched,
@@ -654,7 +652,7 @@ class Env:
                 noise = self.pixels.normal(0, self.pixel_noise, image.shape)
                 obs[name] = (image + noise).clip(0, 255).astype(np.uint8)
         state = dict(joint_pos=d.qpos[self.qadr], ee_pos=self.ee_pos, ee_vel=self.ee_vel, gripper=[self.opening],
-                     object_pos=self.thing_pos[self.things(self.slots)[0]], target_pos=self.target())
+                     object_pos=self.thing_pos[self.thing], target_pos=self.target())
         return obs | {k: np.array(v, np.float32) for k, v in state.items()}
 
 
@@ -726,6 +724,15 @@ def free_spot(env, load):
     return spots[cost.argmin()]
 
 
+def bring(env, block, goal, there):
+    """Grasps the block, brings it until its centre is at `goal` (3,) m and, once it is `there`, lets go."""
+    if there:
+        return let_go(env)
+    if env.held not in (None, block):
+        return put_away(env)
+    return carry(env, goal[:2], goal[2]) if env.held == block else grasp(env, block)
+
+
 def graspable(env, block):
     """Whether the block is within reach, nothing is on it and the fingers have room around it."""
     at, others = env.block_pos[block], np.delete(env.block_pos, block, 0)
@@ -778,12 +785,8 @@ class PickPlace(Task):
         return bool(np.hypot(*(at - env.pad_pos[pad])[:2]) < 0.03 and abs(at[2] - env.half[block]) < 0.005 and env.at_rest(block))
 
     def expert(self, env, block, pad):
-        at, goal = env.block_pos[block], env.pad_pos[pad]
-        if np.hypot(*(at - goal)[:2]) < 0.02 and at[2] < env.half[block] + 0.004:
-            return let_go(env)
-        if env.held not in (None, block):
-            return put_away(env)
-        return carry(env, goal[:2], env.half[block]) if env.held == block else grasp(env, block)
+        at, goal = env.block_pos[block], env.pad_pos[pad] + [0, 0, env.half[block]]
+        return bring(env, block, goal, np.hypot(*(at - goal)[:2]) < 0.02 and at[2] < goal[2] + 0.004)
 
 
 class Lift(Task):
@@ -906,12 +909,8 @@ class Stack(Task):
 
     def expert(self, env, block, lower):
         across, height = self.gap(env, block, lower)
-        if across < 0.013 and height < 0.004 and (env.held is None or np.linalg.norm(env.ee_vel) < 0.1):
-            return let_go(env)                                 # not while it still swings
-        if env.held not in (None, block):
-            return put_away(env)
-        x, y, z = self.target(env, block, lower)
-        return carry(env, np.array([x, y]), z) if env.held == block else grasp(env, block)
+        calm = env.held is None or np.linalg.norm(env.ee_vel) < 0.1      # it is not let go while it still swings
+        return bring(env, block, self.target(env, block, lower), across < 0.013 and height < 0.004 and calm)
 
 
 class Drawer(Task):
@@ -980,16 +979,17 @@ def demonstrate(env, seed):
     obs, info = env.reset(seed)
     episodes, dropped = [], {}
     push, push_left, drop_left = np.zeros(3), 0, 0
-    numbers = all_requests(env.tasks)
+    number = {(task, *slots.values()): i for i, (task, slots) in enumerate(all_requests(env.tasks))}
     for part in range(SENTENCES):
         until = rng.integers(4, 60) if rng.random() < INTERRUPT else MAX_STEPS
         frames = []
         while True:
             action = expert(env)
             other = env.draw_request(rng, avoid=env.request) or env.request
-            goal = np.concatenate([env.thing_pos[env.things(other[1])[0]], env.target(other)], dtype=np.float32)
-            row = dict(obs, actions=action, things_pos=env.thing_pos.astype(np.float32), other=np.uint16(numbers.index(other)),
-                       other_things=np.array(env.things(other[1]), np.int8), other_goal=goal, other_action=expert(env, other))
+            things = env.things(other[1])
+            row = dict(obs, actions=action, things_pos=env.thing_pos.astype(np.float32), other_action=expert(env, other),
+                       other=np.uint16(number[other[0], *other[1].values()]), other_things=np.array(things, np.int8),
+                       other_goal=np.concatenate([env.thing_pos[things[0]], env.target(other)], dtype=np.float32))
             for name, camera in env.cameras.items():
                 row[f"{name}_uv"] = seen_at(env, camera)
             noisy = action.astype(np.float64)
@@ -1017,7 +1017,7 @@ def demonstrate(env, seed):
             attrs = dict(instruction=env.instruction, task=env.task, num_samples=len(frames), success=bool(success),
                          interrupted=not success, scene_seed=seed, sentence=part,
                          block_colors=",".join(env.block_colors), pad_colors=",".join(env.pad_colors),
-                         slots=json.dumps(env.slots), request=numbers.index(env.request), things=env.things(env.slots))
+                         slots=json.dumps(env.slots), request=number[env.task, *env.slots.values()], things=env.things(env.slots))
             episodes.append((attrs, arrays))
         request = env.draw_request(rng, avoid=env.request)
         if info["diverged"] or truncated or until == MAX_STEPS or not request:
@@ -1064,7 +1064,7 @@ def play_scene(seed, env=None):
 def write_episode(file, index, attrs, arrays):
     """Appends one episode.
 
-    attrs: schema, total, seed, tasks, control_hz, requests (JSON [{task, slots, sentences}, ..]: all that can be asked
+    attrs: schema, total, seed, tasks, all_tasks (what `--tasks all` would have been), control_hz, requests (JSON [{task, slots, sentences}, ..]: all that can be asked
         for, each with its wordings), env_args (JSON, with the cameras), versions, git_commit, settings, scenes_done, dropped
         (JSON), complete (written last)
     episode_0/                           T control steps
@@ -1190,7 +1190,7 @@ def generate(out, episodes, seed, kwargs, workers):
     finished = sum(bool(file[f"episode_{i}"].attrs["success"]) for i in range(written))
     env_args = json.dumps(dict(env_name="picovla", type=0, env_kwargs=kwargs), sort_keys=True)
     file["data"].attrs.update(total=written, env_args=env_args)
-    file.attrs.update(schema=SCHEMA, seed=seed, tasks=",".join(tasks), control_hz=CONTROL_HZ, env_args=env_args,
+    file.attrs.update(schema=SCHEMA, seed=seed, tasks=",".join(tasks), all_tasks=",".join(TASKS), control_hz=CONTROL_HZ, env_args=env_args,
                       requests=json.dumps([dict(task=task, slots=slots, sentences=[fill(p, slots) for p in patterns(task)])
                                            for task, slots in all_requests(tasks)]),
                       versions=f"mujoco {mujoco.__version__}, numpy {np.__version__}, h5py {h5py.__version__}",
@@ -1264,6 +1264,8 @@ if __name__ == "__main__":
             fail(f"{flag} must be from {low} to {high}, not {value}")
     if args.out.exists():
         fail(f"{args.out} exists; delete it or choose another --out")
+    if args.randomize_only and not args.randomize:
+        fail("--randomize_only says what --randomize 0.1 to 1 is to change; give that too")
     world = dict(tasks=tasks, cameras=cameras)
     if args.randomize:
         world.update(randomize=args.randomize, randomize_only=args.randomize_only)

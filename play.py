@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from gen_data import CONTROL_HZ, TASKS, Env, RayCamera, expert
+from gen_data import CONTROL_HZ, TASKS, Env, RayCamera, expert, task_list
 from model import VLA, tokenize
 
 
@@ -38,6 +38,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.error, add = fail, parser.add_argument                 # one sentence, without the usage
 add("--ckpt", type=Path, default=None, help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
 add("--instruction", default=None, help="what to do in the scene (default: the scene's own sentence)")
+add("--tasks", default=None, help=f"all, or a comma list of {', '.join(TASKS)}: what the scenes' own sentences ask for (default: what "
+    "the checkpoint was trained on)")
 add("--seed", default="0", help="scene seed, or a comma list of them for a grid (default 0)")
 add("--expert", action="store_true", help="play the scripted expert instead of a checkpoint")
 add("--attention", action="store_true", help="show where the policy looks")
@@ -83,7 +85,7 @@ class Scene:
     def __init__(self, seed, instruction=None):
         self.policy = None if args.expert else load_policy()
         config = self.policy and self.policy.config
-        self.env = Env(config.tasks if config else tuple(TASKS), config and config.cameras or ("front", "wrist"))
+        self.env = Env(task_list(args.tasks) if args.tasks else config.tasks if config else tuple(TASKS), config and config.cameras or ("front", "wrist"))
         self.camera = RayCamera(self.env.model, "front", size)
         self.reset(seed, instruction)
 

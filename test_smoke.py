@@ -519,6 +519,9 @@ def test_eval_in_other_words_and_worlds(trained, tmp_path):
     (tmp_path / "mine.txt").write_text("lift\tgrab the {block} cube and raise it\ndrawer\tshut the drawer\npush\tkick the {block} cube {towards}\n")
     out = run(f"eval.py --ckpt {trained}/out/ckpt.pt --episodes 2 --instructions mine.txt --sensitivity --out a.json", tmp_path)
     assert "does not know the word 'kick'" in out and "sensitivity: two sentences" in out
+    run(f"eval.py --ckpt {trained}/out/ckpt.pt,{trained}/out/ckpt.pt --episodes 2 --tasks lift,drawer --sensitivity --latency --out b.json", tmp_path)
+    told = [("sensitivity" in row, "latency_ms" in row, row["task"]) for row in json.loads((tmp_path / "b.json").read_text())["rows"]]
+    assert told == [(False, False, "lift"), (False, False, "drawer"), (True, True, "all")] * 2
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [(row["task"], row["n"]) for row in rows] == [("lift", 2), ("drawer", 2)]
     told = [json.loads(line)["told"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
@@ -608,6 +611,10 @@ def hostile(trained):
     ("eval.py --ckpt out/ckpt.pt --instructions slot.txt", "{{block}}"),
     ("eval.py --ckpt out/ckpt.pt --instructions task.txt", "pick_place"),
     ("eval.py --ckpt out/ckpt.pt --transfer", "--out"),
+    ("eval.py --ckpt out/ckpt.pt --controls --instructions task.txt", "one at a time"),
+    ("eval.py --ckpt out/ckpt.pt --randomize_only light", "--randomize"),
+    ("gen_data.py --randomize_only light --out new.h5", "--randomize"),
+    ("play.py --ckpt out/ckpt.pt --out a.gif --tasks juggle", "'juggle'"),
     ("eval.py --ckpt missing.pt", "no checkpoint missing.pt"),
     ("eval.py --ckpt text", "not a checkpoint"),
     ("eval.py --ckpt other.pt", "not a checkpoint"),

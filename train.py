@@ -109,6 +109,9 @@ def load(path, state_keys, cameras):
         if missing := [c for c in cameras if c not in recorded]:
             fail(f"--cameras {missing[0]!r} is not in {path}, which has {', '.join(recorded)}")
         requests, tasks = json.loads(file.attrs["requests"]), tuple(file.attrs["tasks"].split(","))
+        wanted = file.attrs["all_tasks"] if args.tasks == "all" else args.tasks or ",".join(tasks)
+        if set(wanted.split(",")) != set(tasks):
+            fail(f"{path} holds {', '.join(tasks)}, not {wanted}; give another --data")
         valid = {name.decode() for name in file["mask/valid"][:]}
         groups = [file[f"episode_{i}"] for i in range(file.attrs["total"])]
         length = [int(g.attrs["num_samples"]) for g in groups]
@@ -317,13 +320,11 @@ try:
     cameras, known_tasks, data, requests = load(args.data, STATES[state_kind], chosen_cameras)
 except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
     fail(f"{args.data} cannot be used ({str(error).strip()}); delete it or give another --data")
-if args.tasks not in (None, "all") and set(args.tasks.split(",")) != set(known_tasks):
-    fail(f"{args.data} holds {', '.join(known_tasks)}, not {args.tasks}; give another --data")
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
 if not len(train_frames) or not len(valid_frames):
     fail(f"{args.data} is too small: it needs episodes to train on and, from another scene, to validate on")
-print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)} held out, of {', '.join(known_tasks)}; made in {made:.0f} s, loaded in "
-      f"{time.time() - clock - made:.0f} s", flush=True)
+print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)} held out, of {', '.join(known_tasks)}; made in "
+      f"{made:.0f} s, loaded in {time.time() - clock - made:.0f} s", flush=True)
 
 torch.manual_seed(args.seed)
 config = Config(model=args.model, tasks=known_tasks, state=state_kind, text=args.text, execute=args.execute, cameras=cameras,
