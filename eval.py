@@ -6,6 +6,7 @@
     python eval.py --split phrasing                                 # in words that demonstrations never used
     python eval.py --instructions mine.txt                          # in yours: lines of task<TAB>sentence
     python eval.py --ckpt clean.pt,randomized.pt --transfer --out transfer.json     # and transfer.png
+    python eval.py --ablate assets/ablations.txt --episodes 200 --seed 0            # trains and scores each line's settings
 
 Controls, on the same scenes: `blind` sees a constant picture, `deaf` hears an empty sentence, `swap` is told another
 sentence that is valid in the scene and is scored on it and on the original, `retarget` is told another at a random moment and
@@ -14,7 +15,9 @@ scored on that one. A policy that looks and listens fails blind and deaf, and ob
 import argparse
 import json
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -50,10 +53,14 @@ add("--sensitivity", action="store_true", help="also: how much the action depend
 add("--randomize", type=float, default=0.0, help="0 to 1: how far the world may be from normal (default 0)")
 add("--randomize_only", default=None, help=f"one of {', '.join(FACTORS)} (default: all of them)")
 add("--transfer", action="store_true", help="the checkpoints in the normal world, with each factor, with all; a heat map beside --out")
+add("--ablate", type=Path, default=None, help="file of lines NAME: FLAGS OF train.py, of which the one named `all` holds for every other: "
+    "trains each in out/ablate/NAME, unless that is done, and scores them in one table")
 add("--guard", default="on", choices=("on", "off"), help="the safety guard between every policy and the servos (default on)")
 add("--seed", type=int, default=TEST_SEED, help=f"first scene seed (default {TEST_SEED:,}: the reporting range; "
     "0 to 999,999 is for choosing)")
 add("--execute", type=int, default=None, help="actions carried out per look (default: the checkpoint's own)")
+add("--ensemble", action="store_const", const=True, help="look at every step and average what all chunks say about it")
+add("--flow_steps", type=int, default=None, help="of a flow head's integration (default: the checkpoint's own)")
 add("--width", type=int, default=50, help="scenes played side by side (default 50); results depend on it in the last bits")
 add("--out", type=Path, default=None, help="write results here as JSON, and one line per episode beside it (.jsonl)")
 add("--latency", action="store_true", help="also time predict() on one core")
@@ -68,20 +75,49 @@ if args.randomize_only not in (None, *FACTORS):
     fail(f"--randomize_only {args.randomize_only!r} is not one of {', '.join(FACTORS)}")
 if not 0 <= args.randomize <= 1:
     fail(f"--randomize must be from 0 to 1, not {args.randomize}")
-for flag, value in (("--episodes", args.episodes), ("--width", args.width), ("--execute", args.execute)):
-    if value is not None and value < 1:
+for flag, value in (("--episodes", args.episodes), ("--width", args.width)):
+    if value < 1:
         fail(f"{flag} must be at least 1, not {value}")
 if args.seed < 0:
     fail(f"--seed must not be negative, got {args.seed}")
-models, paths = [], args.ckpt.split(",") if args.ckpt else [None]
+
+
+def read_ablations(path):
+    """Checkpoint paths for the lines of the file, trained if they are not there yet."""
+    if args.ckpt or args.transfer or args.controls or args.instructions:
+        fail("--ablate goes without --ckpt, --transfer, --controls and --instructions")
+    try:
+        lines = [line.partition(":") for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}")
+    flags = {name.strip(): shlex.split(rest) for name, colon, rest in lines if colon}
+    common = flags.pop("all", [])
+    if len(lines) - (common != []) != len(flags) or not flags or any(re.search(r"[^\w. +-]", name) for name in flags):
+        fail(f"{path} should have lines NAME: FLAGS OF train.py, each with a name of its own in letters, digits and spaces")
+    for name, own in flags.items():
+        folder = Path("out/ablate") / name
+        if not (folder / "ckpt.pt").exists():
+            print(f"{name}: {shlex.join(common + own)}", flush=True)
+            command = [sys.executable, str(Path(__file__).parent / "train.py"), *common, *own, "--eval_interval", "0", "--out_dir", str(folder)]
+            if code := subprocess.run(command).returncode:
+                sys.exit(code)
+    return [Path("out/ablate") / name / "ckpt.pt" for name in flags]
+
+
+models, paths = [], read_ablations(args.ablate) if args.ablate else args.ckpt.split(",") if args.ckpt else [None]
 if "policy" in policies:
     try:
         models = [VLA.load(path) for path in paths]
     except ValueError as error:
         fail(error)
     for model in models:
-        if args.execute and args.execute > model.config.chunk:
-            fail(f"--execute {args.execute} is more than the checkpoint's chunk of {model.config.chunk}")
+        for flag in ("execute", "ensemble", "flow_steps"):
+            if getattr(args, flag) is not None:
+                setattr(model.config, flag, getattr(args, flag))
+        try:
+            model.config.check()
+        except ValueError as error:
+            fail(error)
 if args.transfer and not (models and args.out):
     fail("--transfer needs checkpoints and --out")
 if args.transfer + args.controls + bool(args.instructions) > 1:
@@ -188,8 +224,8 @@ def play(policy, control, seeds, pool, envs, bar, wording):
 
     list(pool.map(begin, range(n)))
     if isinstance(policy, torch.nn.Module):
-        execute = args.execute or policy.config.execute
-    for t in range(2 * MAX_STEPS):
+        policy.reset()
+    for _ in range(2 * MAX_STEPS):
         alive = [i for i in range(n) if results[i] is None]
         if not alive:
             break
@@ -198,12 +234,8 @@ def play(policy, control, seeds, pool, envs, bar, wording):
         elif policy == "random":
             actions = {i: envs[i].dice.uniform(-1, 1, 4) for i in alive}
         else:
-            if t % execute == 0:
-                if control == "blind":
-                    grey = {f"{c}_image": np.full((64, 64, 3), 127, np.uint8) for c in policy.config.cameras}
-                    seen = [o | grey for o in observations]
-                chunk = policy.plan(seen if control == "blind" else observations, told)
-            actions = {i: chunk[i, t % execute] for i in alive}
+            grey = {f"{c}_image": np.full((64, 64, 3), 127, np.uint8) for c in policy.config.cameras if control == "blind"}
+            actions = policy.act([o | grey for o in observations], told)
         list(pool.map(step, alive, [actions[i] for i in alive]))
     return results
 
@@ -270,18 +302,19 @@ try:
         for name in policies:
             if name != "policy":
                 rows += evaluate(name, name)
-        for model in models:
+        for model, path in zip(models, paths):
             for control in ("", *(("blind", "deaf", "swap", "retarget") if args.controls and model.config.model == "vla" else ())):
-                rows += evaluate(model.config.model, model, control)
+                rows += [dict(row, ckpt=str(path or "")) for row in evaluate(model.config.model, model, control)]
                 if not control:
                     headline[model] = rows[-1]
         print(f"chance, for who moves perfectly and picks any of the things that could be asked for, is {100 * rows[-1]['chance']:.1f}%")
-        columns = list(dict.fromkeys((r["policy"], r["control"]) for r in rows))
-        if len(tasks) > 1:
-            print("| task | " + " | ".join(p if c == "none" else c for p, c in columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
+        columns = list(dict.fromkeys((len(models) > 1 and r.get("ckpt") or r["policy"], r["control"]) for r in rows))
+        if len(tasks) > 1 and not args.ablate:
+            print("| task | " + " | ".join(p if c == "none" else f"{p} {c}" if len(models) > 1 else c for p, c in columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
             for task in [*tasks, "all"]:
                 cells = [r for r in rows if r["task"] == task]
-                print(f"| {task} | " + " | ".join(percent(r) for r in cells) + " |")
+                if cells:
+                    print(f"| {task} | " + " | ".join(percent(r) for r in cells) + " |")
     for model in models if wordings else ():                   # anybody's words
         for wording in wordings:
             print(f"{wording[0]}: {wording[1]}")
@@ -334,10 +367,10 @@ if args.sensitivity:
         print(f"{model.config.model} sensitivity: two sentences in one scene differ in the next action by {before:.3f} before training "
               f"and {after:.3f} after (mean of 4 numbers, each in [-1, 1]; {len(difference)} scenes)")
         headline.get(model, {})["sensitivity"] = [float(before), float(after)]
-if args.latency:
+if args.latency or args.ablate:
     torch.set_num_threads(1)
     for model in models:
-        env, execute = Env(tasks, model.config.cameras), model.config.execute
+        env, execute = Env(tasks, model.config.cameras), 1 if model.config.ensemble else model.config.execute
         obs, info = env.reset(args.seed)
         model.reset()
         times = []
@@ -350,6 +383,15 @@ if args.latency:
         latency = headline.get(model, {})["latency_ms"] = {k: np.percentile(v, (50, 95)).tolist() for k, v in kinds.items() if v.size}
         print(f"{model.config.model} predict on one core, p50 and p95: " + ", ".join(
             f"{k} {p50:.2f} and {p95:.2f} ms" for k, (p50, p95) in latency.items()))
+if args.ablate:
+    print("| settings | success | parameters | samples/s | p50 of a fresh look |\n| --- | --- | --- | --- | --- |")
+    for model, path in zip(models, paths):
+        log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines()]
+        row = headline[model]
+        row.update(name=path.parent.name, parameters=sum(p.numel() for p in model.parameters()),
+                   samples_per_s=float(np.median([line["samples_per_s"] for line in log])))
+        print(f"| {row['name']} | {percent(row)} | {row['parameters']:,} | {row['samples_per_s']:.0f} | "
+              f"{row['latency_ms']['fresh look'][0]:.1f} ms |")
 if args.out:
     episode_file.close()
     Path(episode_file.name).replace(args.out.with_suffix(".jsonl"))

@@ -74,8 +74,8 @@ font = ImageFont.load_default(15 if size >= 384 else 11)
 
 def load_policy():
     policy = VLA.load(args.ckpt)
-    if args.attention and policy.config.model != "vla":
-        raise ValueError("--attention needs a checkpoint that looks at pictures, and this one is a bc")
+    if args.attention and (policy.config.model != "vla" or policy.config.vision == "cnn" or not policy.config.pointers):
+        raise ValueError("--attention shows what the two pointers look at, and this checkpoint has none, or no patches")
     return policy
 
 
@@ -123,8 +123,9 @@ class Scene:
         images, state = self.policy.read_obs(self.obs)
         text = tokenize(self.info["instruction"], self.policy.config)
         attention = self.policy(images, state, text[None])[2][0, :2].exp()           # (2, P)
-        views = attention.split([s * s for s in self.policy.sides], 1)
-        return [(v / attention.amax(1, keepdim=True)).T.unflatten(0, (s, s)).numpy() for v, s in zip(views, self.policy.sides)]
+        sides = self.policy.vision.sides
+        views = attention.split([s * s for s in sides], 1)
+        return [(v / attention.amax(1, keepdim=True)).T.unflatten(0, (s, s)).numpy() for v, s in zip(views, sides)]
 
     def picture(self):
         """One frame: the room, what the policy sees beside it, the sentence and the outcome under it."""

@@ -376,20 +376,49 @@ def fit(model, batch, steps):
 
 
 @pytest.fixture(scope="session")
-def fitted():
+def batch():
+    return make_batch()
+
+
+@pytest.fixture(scope="session")
+def fitted(batch):
     """A VLA after 100 steps on one small batch; that batch; the losses."""
     torch.manual_seed(0)
-    model, batch = VLA(Config(words=WORDS)), make_batch()
+    model = VLA(Config(words=WORDS))
     losses = fit(model, batch, 100)
     return model.eval(), batch, losses
 
 
-def test_size_and_every_parameter_gets_a_gradient():
+@pytest.mark.parametrize("choice", [dict(), *(dict([pair]) for pair in [
+    ("vision", "vit"), ("vision", "cnn"), ("keep", 80), ("frames", 3), ("cameras", ("front",)), ("cameras", CAMERAS), ("coarse", ()),
+    ("text", "char"), ("text_encoder", "lstm"), ("pointers", 0), ("fusion", "attention"), ("fusion", "concat"), ("fusion", "multiply"),
+    ("head", "tokens"), ("bins", 16), ("head", "flow"), ("flow_steps", 10), ("loss", "mse"), ("chunk", 1), ("chunk", 16),
+    ("ensemble", True), ("state", "full"), ("state", "none"), ("width", 64), ("heads", 8), ("layers", 1)])], ids=str)
+def test_every_choice_builds_learns_saves_and_acts(choice, batch, tmp_path):
     torch.manual_seed(0)
-    model = VLA(Config(words=WORDS))
-    assert 1.2e6 < sum(p.numel() for p in model.parameters()) < 1.6e6
-    fit(model, make_batch(), 3)                                # outputs start at zero: not yet at the first step
+    needs = dict(bins=dict(head="tokens"), flow_steps=dict(head="flow"), text=dict(max_text=96), chunk=dict(execute=1))
+    config = Config(words=WORDS, **choice, **needs.get(next(iter(choice), None), {}))
+    config.check()
+    model, (observations, sentences, actions) = VLA(config), batch
+    assert choice or 1.2e6 < sum(p.numel() for p in model.parameters()) < 1.6e6
+    observations = [o | dict(top_image=o["front_image"]) for o in observations]
+    images, state = model.read_obs(observations)
+    text = torch.stack([tokenize(sentences[0], config)] * len(images))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(3):                                         # outputs start at zero: not yet at the first step
+        optimizer.zero_grad()
+        wanted = actions[0][:, None].repeat(1, config.chunk, 1)
+        error, goal, attention = model(images, state, text, wanted=wanted)
+        assert error.shape == (4, config.chunk) and attention.shape[0] == 4
+        (error.mean() + goal.square().mean() - attention.mean()).backward()
+        optimizer.step()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    model.save(tmp_path / "ckpt.pt")
+    policies = model.eval(), VLA.load(tmp_path / "ckpt.pt")
+    model.reset()
+    for obs in observations * 3:
+        a, b = (policy.predict(obs, sentences[0]) for policy in policies)
+        assert a.tobytes() == b.tobytes() and a.shape == (4,) and a.dtype == np.float32 and np.abs(a).max() <= 1
 
 
 def test_computing_only_the_cls_row_is_the_same_function():
@@ -531,6 +560,24 @@ def test_eval_in_other_words_and_worlds(trained, tmp_path):
     assert [row["world"] for row in rows] == ["normal", *FACTORS, "all"] and Image.open(tmp_path / "t.png").width > 500
 
 
+def test_ablations_train_and_score_each_line_once(trained, tmp_path):
+    (tmp_path / "demos.h5").symlink_to(trained / "demos.h5")
+    (tmp_path / "a.txt").write_text("all: --data demos.h5 --steps 2 --batch_size 8 --relabel 4 --log_interval 1 --state none\n"
+                                    "words by lstm: --text_encoder lstm --frames 2\nflow: --head flow --chunk 4 --use_episodes 12\n"
+                                    "classic: --recipe classic --steps 3\n")
+    command = "eval.py --ablate a.txt --episodes 2 --tasks lift --out a.json"
+    run(command, tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/ablate/*/*")}
+    (tmp_path / "a.json").unlink()
+    table = run(command, tmp_path)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/ablate/*/*")}      # not trained again
+    rows = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    assert list(rows) == ["words by lstm", "flow", "classic"] and all(f"| {name} | 0/2 = " in table for name in rows)
+    assert all(row["n"] == 2 and row["parameters"] > 1e6 and row["samples_per_s"] > 0 and row["latency_ms"] for row in rows.values())
+    classic = VLA.load(tmp_path / "out/ablate/classic/ckpt.pt")
+    assert (classic.step, classic.config.vision, classic.config.chunk, classic.config.pointers) == (3, "vit", 1, 0)
+
+
 def test_play_writes_a_gif(trained, tmp_path):
     out = run(f"play.py --ckpt {trained}/out/ckpt.pt --seed 3 --size 256 --out a.gif", tmp_path)
     with Image.open(tmp_path / "a.gif") as gif:
@@ -593,6 +640,18 @@ def hostile(trained):
     ("train.py --data demos.h5 --out_dir new --steps 0", "--steps"),
     ("train.py --data demos.h5 --out_dir new --batch_size -8", "--batch_size"),
     ("train.py --data demos.h5 --out_dir new --execute 9", "--execute 9"),
+    ("train.py --data demos.h5 --out_dir new --vision cnn --ground 1", "--vision cnn"),
+    ("train.py --data demos.h5 --out_dir new --pointers 0 --fusion concat --ground 1", "--fusion concat"),
+    ("train.py --data demos.h5 --out_dir new --head flow --bins 16", "--head tokens"),
+    ("train.py --data demos.h5 --out_dir new --head tokens --bins 1", "--bins"),
+    ("train.py --data demos.h5 --out_dir new --model bc --head flow", "--head is about the vla"),
+    ("train.py --data demos.h5 --out_dir new --model bc --state none", "--state none"),
+    ("train.py --data demos.h5 --out_dir new --width 100 --heads 3", "--width 100"),
+    ("train.py --data demos.h5 --out_dir new --ensemble --chunk 1", "--chunk"),
+    ("train.py --data demos.h5 --out_dir new --use_episodes 900", "--use_episodes 900"),
+    ("eval.py --ablate empty.txt", "NAME"),
+    ("eval.py --ablate missing.txt", "cannot read missing.txt"),
+    ("eval.py --ckpt out/ckpt.pt --execute 9", "--execute 9"),
     ("train.py --data cut.h5 --out_dir new", "cut.h5"),
     ("train.py --data cut.h5 --out_dir out --overwrite", "cut.h5"),
     ("train.py --data foreign.h5 --out_dir new", "foreign.h5"),

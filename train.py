@@ -2,6 +2,7 @@
 
     python train.py --steps 2000                       # demonstrations if missing, training, closed-loop score
     python train.py --model bc --out_dir out_bc        # the behaviour-cloning baseline, from the full state
+    python train.py --recipe classic --out_dir out_c   # the tutorial setting, see --help
     python train.py --bench                            # samples/s beside a plain nn.TransformerEncoder build
 
 Leaves ckpt.pt, log.jsonl and curve.png in --out_dir. Ctrl-C saves; --resume carries on.
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import BC, STATES, VLA, Config, split, tokenize
+from model import BC, EMBEDDINGS, FUSIONS, HEADS, STATES, VLA, Config, split, tokenize
 
 
 def fail(message):
@@ -30,30 +31,55 @@ def fail(message):
 
 
 # ----------------------------------------------------------------------------- settings
+RECIPES = dict(picovla={}, classic=dict(                       # as small VLAs are taught: no clue but the actions
+    vision="vit", keep=64, cameras="front", text="char", pointers=0, chunk=1, loss="mse", ground=0.0, goal=0.0, relabel=0, word_dropout=0.0,
+    shuffle_names=0, optimizer="adamw", adam_lr=1e-4, batch_size=32, steps=2000))
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.error, add = fail, parser.add_argument                 # one sentence, without the usage
+add("--recipe", default="picovla", choices=tuple(RECIPES), help="other defaults for all that follows: classic is the tutorial setting "
+    f"({' '.join(f'--{k} {v}' for k, v in RECIPES['classic'].items())})")
 add("--steps", type=int, default=2000, help="optimiser steps (default 2000)")
 add("--batch_size", type=int, default=64, help="frames per step (default 64)")
 add("--relabel", type=int, default=64, help="how many of them are also shown with another sentence that is valid in "
     "the scene, and what the expert would do then (default 64)")
 add("--lr", type=float, default=0.02, help="Muon's learning rate, for the transformers' matrices (default 0.02)")
 add("--adam_lr", type=float, default=2e-3, help="AdamW's, for everything else (default 0.002)")
+add("--optimizer", default="muon", choices=("muon", "adamw"), help="adamw: AdamW for everything (default muon)")
 add("--word_dropout", type=float, default=0.1, help="share of a sentence's other words than colours and directions that are "
     "left out in training (default 0.1)")
 add("--shuffle_names", type=int, default=1, choices=(0, 1), help="1: other colours in the words that are read in their context, so "
     "that only the pointers' names depend on them (default 1)")
-add("--optimizer", default="muon", choices=("muon", "adamw"), help="adamw: AdamW for everything (default muon)")
-add("--ground", type=float, default=0.1, help="weight of the attention supervision (default 0.1)")
+add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where there are patches to look at)")
 add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
 add("--model", default="vla", choices=("vla", "bc"), help="vla, or bc: an MLP on the state alone (default vla)")
-add("--state", default=None, choices=tuple(STATES), help="proprio: 14 numbers the robot feels; full: 20, with the "
-    "answer (default proprio; bc: full)")
+add("--vision", default="vit_stem", choices=tuple(EMBEDDINGS), help="vit_stem: patches by two small convolutions; vit: by one linear map; "
+    "cnn: three convolutions, one vector for each picture (default vit_stem)")
+add("--keep", type=int, default=Config.keep, help=f"patches kept of each look, those that differ from the table (default {Config.keep})")
 add("--cameras", default=None, help="comma list of the file's cameras to look through (default all of them)")
+add("--frames", type=int, default=1, help="pictures of each camera: the last ones, a control step apart (default 1)")
 add("--text", default="word", choices=("word", "char"), help="tokens of the sentence (default word)")
-add("--execute", type=int, default=4, help="actions carried out of each chunk of 8 (default 4); bc: 1")
+add("--text_encoder", default="transformer", choices=("transformer", "lstm"), help="what reads them (default transformer)")
+add("--state", default=None, choices=tuple(STATES), help="proprio: 14 numbers the robot feels; full: 20, with the "
+    "answer; none (default proprio; bc: full)")
+add("--pointers", type=int, default=1, choices=(0, 1), help="1: two pointers from words to patches, for the thing and its place (default 1)")
+add("--fusion", default="transformer", choices=tuple(FUSIONS), help="transformer over all tokens; or attention, concat or multiply of one "
+    "vector for each modality (default transformer)")
+add("--head", default="continuous", choices=tuple(HEADS), help="continuous: regression; tokens: bins and cross-entropy; flow: flow "
+    "matching (default continuous)")
+add("--loss", default=None, choices=("l1", "mse"), help="of the continuous head (default l1)")
+add("--bins", type=int, default=None, help=f"of the tokens head, for each number of an action (default {Config.bins})")
+add("--flow_steps", type=int, default=None, help=f"of the flow head's integration when acting (default {Config.flow_steps})")
+add("--chunk", type=int, default=Config.chunk, help=f"actions predicted at a look (default {Config.chunk})")
+add("--execute", type=int, default=None, help="of them carried out before the next look (default half)")
+add("--ensemble", action="store_true", help="instead: look at every step and average what all chunks say about it")
+add("--width", type=int, default=Config.width, help=f"numbers in a token (default {Config.width})")
+add("--heads", type=int, default=Config.heads, help=f"attention heads (default {Config.heads})")
+add("--layers", type=int, default=Config.layers, help=f"of each of the three transformers (default {Config.layers})")
 add("--tasks", default=None, help="what to learn: all, or a comma list (default: what --data holds; pick_place if it is to be made)")
 add("--data", type=Path, default=None, help="demonstrations, made if missing (default data/demos.h5; with other --tasks data/TASKS.h5)")
 add("--episodes", type=int, default=None, help="how many to make if missing (default 3000; for all tasks 8000)")
+add("--use_episodes", type=int, default=None, help="learn from that many of the file's (default all)")
 add("--out_dir", type=Path, default=Path("out"), help="where results go (default out)")
 add("--resume", action="store_true", help="carry on from what is in --out_dir")
 add("--overwrite", action="store_true", help="replace what is in --out_dir")
@@ -68,22 +94,43 @@ add("--eval_episodes", type=int, default=200, help="episodes of the closed-loop 
 add("--log_interval", type=int, default=100, help="steps between lines of the log (default 100)")
 add("--bench", action="store_true", help="only time training steps against the plain build, on made-up data")
 args = parser.parse_args()
+parser.set_defaults(**RECIPES[args.recipe])
+args = parser.parse_args()                                     # what is said goes before what the recipe sets
 
 
 args.data = args.data or Path("data") / ("demos.h5" if args.tasks in (None, "pick_place") else f"{args.tasks.replace(',', '_')}.h5")
 args.episodes = 8000 if args.episodes is None and args.tasks == "all" else 3000 if args.episodes is None else args.episodes
-for flag in ("steps", "batch_size", "execute", "episodes", "eval_episodes", "log_interval", "lr", "adam_lr"):
-    if not getattr(args, flag) > 0:
+for flag in ("steps", "batch_size", "episodes", "use_episodes", "eval_episodes", "log_interval", "lr", "adam_lr"):
+    if getattr(args, flag) is not None and not getattr(args, flag) > 0:
         fail(f"--{flag} must be more than 0, not {getattr(args, flag)}")
 for flag in ("relabel", "ground", "goal", "seed", "eval_interval", "word_dropout"):
-    if not getattr(args, flag) >= 0:
+    if getattr(args, flag) is not None and not getattr(args, flag) >= 0:
         fail(f"--{flag} must not be negative, got {getattr(args, flag)}")
 if args.relabel > args.batch_size:
     fail(f"--relabel {args.relabel} is more than --batch_size {args.batch_size}")
+for flag, head in (("loss", "continuous"), ("bins", "tokens"), ("flow_steps", "flow")):
+    if getattr(args, flag) is not None and args.head != head:
+        fail(f"--{flag} belongs to --head {head}, not to {args.head}")
+parts = ("vision", "keep", "frames", "text", "text_encoder", "pointers", "fusion", "head", "loss", "bins", "flow_steps", "chunk", "ensemble",
+         "width", "heads", "layers")                           # flags that are fields of Config
+if args.model == "bc":
+    if odd := [flag for flag in (*parts, "cameras", "execute") if getattr(args, flag) != parser.get_default(flag)]:
+        fail(f"--{odd[0]} is about the vla; --model bc has only a state and one action")
+    parts, args.chunk = (), 1
+args.execute = args.execute or (args.chunk + 1) // 2
 state_kind = args.state or ("full" if args.model == "bc" else "proprio")
 chosen_cameras = [] if args.model == "bc" else None if args.cameras is None else args.cameras.split(",")
-if args.model == "vla" and args.execute > Config.chunk:
-    fail(f"--execute {args.execute} is more than the chunk of {Config.chunk}")
+groundable = args.vision != "cnn" and (args.pointers or args.fusion == "transformer")
+if args.ground and not groundable:
+    fail("--ground pulls attention onto patches; " + ("--vision cnn has none" if args.vision == "cnn" else
+                                                      f"without pointers --fusion {args.fusion} does not look at them"))
+args.ground = 0.1 * groundable if args.ground is None else args.ground
+try:
+    config = Config(model=args.model, state=state_kind, execute=args.execute, max_text=16 if args.text == "word" else 96,
+                    **{flag: getattr(args, flag) for flag in parts if getattr(args, flag) is not None} | dict(chunk=args.chunk))
+    config.check()
+except ValueError as error:
+    fail(error)
 device = args.device
 if device == "auto":
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -113,7 +160,9 @@ def load(path, state_keys, cameras):
         if set(wanted.split(",")) != set(tasks):
             fail(f"{path} holds {', '.join(tasks)}, not {wanted}; give another --data")
         valid = {name.decode() for name in file["mask/valid"][:]}
-        groups = [file[f"episode_{i}"] for i in range(file.attrs["total"])]
+        if (args.use_episodes or 0) > file.attrs["total"]:
+            fail(f"--use_episodes {args.use_episodes} is more than the {file.attrs['total']} of {path}")
+        groups = [file[f"episode_{i}"] for i in range(args.use_episodes or file.attrs["total"])]
         length = [int(g.attrs["num_samples"]) for g in groups]
         images = np.empty((sum(length), len(cameras), 64, 64, 3), np.uint8)
         for i, (group, n) in enumerate(zip(tqdm(groups, "loading", disable=not sys.stderr.isatty()), length)):
@@ -122,9 +171,9 @@ def load(path, state_keys, cameras):
                 images[at:at + n, v] = observed[f"{camera}_image"][:]
             at += n
             for name, value in dict(
-                    state=np.concatenate([observed[k][:] for k in state_keys], 1), action=group["actions"][:],
+                    state=np.concatenate([np.zeros((n, 0), np.float32), *(observed[k][:] for k in state_keys)], 1), action=group["actions"][:],
                     goal=np.concatenate([observed[k][:] for k in ("object_pos", "target_pos")], 1),
-                    key=np.full(n, group.attrs["request"]), things=np.tile(group.attrs["things"].astype(np.int64), (n, 1)),
+                    start=np.full(n, at - n), key=np.full(n, group.attrs["request"]), things=np.tile(group.attrs["things"].astype(np.int64), (n, 1)),
                     other_action=labels["other_action"][:], other_goal=labels["other_goal"][:],
                     other_key=labels["other"][:].astype(np.int64), other_things=labels["other_things"][:].astype(np.int64),
                     uv=np.stack([labels[f"{c}_uv"][:] for c in cameras] or [labels["things_pos"][..., :2]], 1),
@@ -151,7 +200,7 @@ def losses(frames, relabel, rng):
     """Loss terms on `frames` (B,) int64, of which the first `relabel` are also shown with another sentence."""
     ahead = frames[:, None] + torch.arange(config.chunk)
     inside = (ahead < data["end"][frames, None]).float().to(device)        # nothing is asked beyond the episode's end
-    wanted = data["action"][ahead.clamp_max(len(data["action"]) - 1)].to(device)
+    wanted = data["action"][ahead.clamp_max(len(data["action"]) - 1)].to(device) * inside[..., None]
     state = data["state"][frames].to(device)
     if config.model == "bc":
         return dict(action=((net(state) - wanted).abs().mean(-1) * inside).sum() / inside.sum())
@@ -159,27 +208,32 @@ def losses(frames, relabel, rng):
     keys, sentence = torch.cat([data["key"][frames], data["other_key"][frames[:relabel]]]).unique(return_inverse=True)
     (text, names), sentence = draw_text(keys.tolist(), rng), sentence.to(device)
     frame = torch.cat([torch.arange(len(frames)), torch.arange(relabel)]).to(device)
+    other = F.pad(data["other_action"][frames[:relabel], None], (0, 0, 0, config.chunk - 1)).to(device)     # only their first is known
+    past = [torch.maximum(frames - age, data["start"][frames]) for age in range(config.frames)]
+    images = torch.cat([data["images"][moment] for moment in past], 1).to(device)                   # newest first
     with autocast:
-        actions, goal, attention = net(data["images"][frames].to(device), state, text, frame, sentence, names)
-    actions, goal, attention = actions.float(), goal.float(), attention.float()
-    error = ((actions[:len(frames)] - wanted).abs().mean(-1) * inside).sum() / inside.sum()
-    if relabel:                                                # only the first action of these is known
-        error = error + (actions[len(frames):, 0] - data["other_action"][frames[:relabel]].to(device)).abs().mean()
+        error, goal, attention = net(images, state, text, frame, sentence, names, torch.cat([wanted, other]))
+    error, goal, attention = error.float(), goal.float(), attention.float()
+    action = (error[:len(frames)] * inside).sum() / inside.sum()
+    if relabel:
+        action = action + error[len(frames):, 0].mean()
     position = torch.cat([data["goal"][frames], data["other_goal"][frames[:relabel]]]).to(device)       # (R, 6) m
-    goal_error = F.smooth_l1_loss(goal, (position - model.goal_mean) / model.goal_std, beta=0.1)
+    terms = dict(action=action, goal=F.smooth_l1_loss(goal, (position - model.goal_mean) / model.goal_std, beta=0.1))
+    if not groundable:
+        return terms
     # the pointers, and after them two heads of the CLS token, are to look at the patches that hold the thing and its place
-    things = torch.cat([data["things"][frames], data["other_things"][frames[:relabel]]]).repeat(1, 2)
+    things = torch.cat([data["things"][frames], data["other_things"][frames[:relabel]]]).repeat(1, attention.shape[1] // 2)
     rows = torch.arange(len(twice))[:, None]
     uv, first, looks, seen_in = data["uv"][twice], 0, 0, 0
-    for view, side in enumerate(model.sides):
-        spot = uv[:, view][rows, things]                       # (R, 4, 2): x, y of each, -1 where not visible
+    for view, side in enumerate(model.vision.sides[:len(config.cameras)]):     # of the newest pictures
+        spot = uv[:, view][rows, things]                       # (R, M, 2): x, y of each, -1 where not visible
         cell = (spot * side).long().clamp(0, side - 1)
         patch = (first + cell[..., 1] * side + cell[..., 0]).to(device)
         seen = ((spot[..., 0] >= 0) & (things >= 0)).float().to(device)
         looks = looks + attention.gather(2, patch[..., None])[..., 0] * seen
         seen_in = seen_in + seen
         first += side * side
-    return dict(action=error, goal=goal_error, ground=-(looks / seen_in.clamp_min(1)).mean())
+    return terms | dict(ground=-(looks / seen_in.clamp_min(1)).mean())
 
 
 # ----------------------------------------------------------------------------- optimiser
@@ -210,7 +264,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model):
-    inner = (".q.", ".kv.", ".out.", ".up.", ".down.", "point_query", "point_key")         # the transformers' matrices
+    inner = (".q.", ".kv.", ".out.", ".up.", ".down.", "pointers.query", "pointers.key")   # the transformers' matrices
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and any(part in name for part in inner)
                 and args.optimizer == "muon"]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
@@ -226,6 +280,7 @@ def rate(step):
 def train_step(step):
     """One optimiser step; the batch is a pure function of (seed, step)."""
     rng = np.random.default_rng([args.seed, step])
+    torch.manual_seed(1_000_000 * args.seed + step)            # for the flow head's noise
     out = losses(torch.from_numpy(rng.choice(train_frames, args.batch_size)), args.relabel, rng)
     loss = sum(weights[name] * value for name, value in out.items())
     loss.backward()
@@ -248,14 +303,14 @@ class Plain(torch.nn.Module):
         encoder = lambda: torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(
             c.width, c.heads, 4 * c.width, 0.1, "gelu", batch_first=True, norm_first=True), c.layers, enable_nested_tensor=False)
         self.vision, self.text, self.fusion = encoder(), encoder(), encoder()
-        model.vision, model.text, model.fusion = torch.nn.ModuleList(), torch.nn.ModuleList(), torch.nn.ModuleList()
+        model.vision.blocks, model.text.blocks = torch.nn.ModuleList(), torch.nn.ModuleList()
 
     def forward(self, images, state, text):
         m = self.model
         state = (state - m.state_mean) / m.state_std
-        x = torch.cat([m.cls.expand(len(state), 1, -1), self.vision(m.see(images)[0]), self.text(m.read(text)[0]),
+        x = torch.cat([m.fusion.cls.expand(len(state), 1, -1), self.vision(m.vision(images)[0]), self.text(m.text(text)),
                        m.state(state)[:, None]], 1)
-        x = m.norm(self.fusion(x)[:, 0])
+        x = m.fusion.norm(self.fusion(x)[:, 0])
         return m.head(torch.cat([x, m.goal(x), state], 1))
 
 
@@ -327,18 +382,16 @@ print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)}
       f"{made:.0f} s, loaded in {time.time() - clock - made:.0f} s", flush=True)
 
 torch.manual_seed(args.seed)
-config = Config(model=args.model, tasks=known_tasks, state=state_kind, text=args.text, execute=args.execute, cameras=cameras,
-                words=tuple(sorted({w for r in requests for s in r["sentences"] for w in split(s)})),
-                max_text=16 if args.text == "word" else 96)
-if args.model == "bc":
-    config.chunk = config.execute = 1
+config = dataclasses.replace(config, tasks=known_tasks, cameras=cameras,
+                             words=tuple(sorted({w for r in requests for s in r["sentences"] for w in split(s)})))
 model = {"vla": VLA, "bc": BC}[args.model](config)
-model.state_mean.copy_(data["state"][train_frames].mean(0))    # statistics of the training frames alone
-model.state_std.copy_(data["state"][train_frames].std(0) + 1e-3)
+if config.state_size:                                          # statistics of the training frames alone
+    model.state_mean.copy_(data["state"][train_frames].mean(0))
+    model.state_std.copy_(data["state"][train_frames].std(0) + 1e-3)
 if args.model == "vla":
     some = data["images"][train_frames[::97]].float()
-    model.image_mean.copy_(some.mean((0, 2, 3))[:, None, None])
-    model.image_std.copy_(some.std((0, 2, 3))[:, None, None])
+    model.vision.image_mean.copy_(some.mean((0, 2, 3))[:, None, None].repeat(config.frames, 1, 1, 1))
+    model.vision.image_std.copy_(some.std((0, 2, 3))[:, None, None].repeat(config.frames, 1, 1, 1))
     model.goal_mean.copy_(data["goal"][train_frames].mean(0))
     model.goal_std.copy_(data["goal"][train_frames].std(0) + 1e-3)
     tokens = [torch.stack([tokenize(s, config) for s in r["sentences"]]) for r in requests]
@@ -407,6 +460,7 @@ for step in range(first_step, args.steps):
     if done % args.log_interval == 0 or done == args.steps:
         ms = (time.time() - began) / (done - measured) * 1e3
         with torch.no_grad():
+            torch.manual_seed(0)
             valid = losses(held_out, min(args.relabel, len(held_out)), np.random.default_rng(0))
         line = dict(step=done, loss=loss.item(), val_loss=valid["action"].item(), lr=optimizers[-1].param_groups[0]["lr"],
                     ms_per_step=ms, samples_per_s=args.batch_size / ms * 1e3,
