@@ -53,8 +53,8 @@ add("--sensitivity", action="store_true", help="also: how much the action depend
 add("--randomize", type=float, default=0.0, help="0 to 1: how far the world may be from normal (default 0)")
 add("--randomize_only", default=None, help=f"one of {', '.join(FACTORS)} (default: all of them)")
 add("--transfer", action="store_true", help="the checkpoints in the normal world, with each factor, with all; a heat map beside --out")
-add("--ablate", type=Path, default=None, help="file of lines NAME: FLAGS OF train.py, of which the one named `all` holds for every other: "
-    "trains each in out/ablate/NAME, unless that is done, and scores them in one table")
+add("--ablate", type=Path, default=None, help="file of lines NAME: FLAGS OF train.py, of which the one named `all` holds for "
+    "every other: trains each in out/ablate/NAME, unless that is done, and scores them in one table")
 add("--guard", default="on", choices=("on", "off"), help="the safety guard between every policy and the servos (default on)")
 add("--seed", type=int, default=TEST_SEED, help=f"first scene seed (default {TEST_SEED:,}: the reporting range; "
     "0 to 999,999 is for choosing)")
@@ -98,8 +98,8 @@ def read_ablations(path):
         folder = Path("out/ablate") / name
         if not (folder / "ckpt.pt").exists():
             print(f"{name}: {shlex.join(common + own)}", flush=True)
-            command = [sys.executable, str(Path(__file__).parent / "train.py"), *common, *own, "--eval_interval", "0", "--out_dir", str(folder)]
-            if code := subprocess.run(command).returncode:
+            command = [sys.executable, str(Path(__file__).parent / "train.py"), *common, *own, "--eval_interval", "0"]
+            if code := subprocess.run([*command, "--out_dir", str(folder)]).returncode:
                 sys.exit(code)
     return [Path("out/ablate") / name / "ckpt.pt" for name in flags]
 
@@ -217,8 +217,8 @@ def play(policy, control, seeds, pool, envs, bar, wording):
             another(i)
         elif success or truncated or info["diverged"] or original and control == "swap":
             results[i] = dict(seed=seeds[i], task=task, told=told[i], original=env.original_sentence,
-                              success=bool(success and not info["diverged"]), original_success=bool(original), touched=info["touched"], block=info.get("block"),
-                              reward=env.total_reward / env.steps, steps=env.steps, violations=info["violations"], guard=info["guard"],
+                              success=bool(success and not info["diverged"]), original_success=bool(original),
+                              touched=info["touched"], block=info.get("block"), reward=env.total_reward / env.steps, steps=env.steps, violations=info["violations"], guard=info["guard"],
                               force=info["force"], diverged=info["diverged"], chance=env.chance)
             bar.update()
 
@@ -268,8 +268,8 @@ def evaluate(name, policy, control="", world=None, wording=None):
         mean = lambda key: float(np.mean([r[key] for r in mine]))
         found.append(dict(
             policy=name, control=control or "none", task=task, split=args.split, k=k, n=n, low=low, high=high,
-            range="reporting" if args.seed >= TEST_SEED else "choosing", reward=mean("reward"), reward_sd=float(np.std([r["reward"] for r in mine])), steps=mean("steps"),
-            steps_sd=float(np.std([r["steps"] for r in mine])), violations=sum(r["violations"] for r in mine),
+            range="reporting" if args.seed >= TEST_SEED else "choosing", reward=mean("reward"),
+            reward_sd=float(np.std([r["reward"] for r in mine])), steps=mean("steps"), steps_sd=float(np.std([r["steps"] for r in mine])), violations=sum(r["violations"] for r in mine),
             guard={g: sum(r["guard"][g] for r in mine) for g in GUARDS}, force_p95=float(np.percentile([r["force"] for r in mine], 95)),
             force_max=max(r["force"] for r in mine), diverged=sum(r["diverged"] for r in mine),
             original=sum(r["original_success"] for r in mine),
@@ -310,7 +310,8 @@ try:
         print(f"chance, for who moves perfectly and picks any of the things that could be asked for, is {100 * rows[-1]['chance']:.1f}%")
         columns = list(dict.fromkeys((len(models) > 1 and r.get("ckpt") or r["policy"], r["control"]) for r in rows))
         if len(tasks) > 1 and not args.ablate:
-            print("| task | " + " | ".join(p if c == "none" else f"{p} {c}" if len(models) > 1 else c for p, c in columns) + " |\n" + "| --- " * (len(columns) + 1) + "|")
+            names = [p if c == "none" else f"{p} {c}" if len(models) > 1 else c for p, c in columns]
+            print(f"| task | {' | '.join(names)} |\n{'| --- ' * (len(names) + 1)}|")
             for task in [*tasks, "all"]:
                 cells = [r for r in rows if r["task"] == task]
                 if cells:

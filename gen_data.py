@@ -2,6 +2,7 @@
 
     python gen_data.py --episodes 2000 --out data/demos.h5    # all cores, about 2 minutes on 2 of them
     python gen_data.py --tasks all --episodes 6000 --out data/all.h5
+    python gen_data.py --info data/demos.h5                   # what is in a file, and data/demos.png
     python gen_data.py --bench                                # frames/s against bare physics + ray casting
 
 A 7-joint arm (Franka Panda link offsets) with a friction gripper stands at a table with coloured blocks, coloured
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -36,6 +38,7 @@ PHYSICS_DT = 0.005                     # s, 200 Hz
 SUBSTEPS = 10                          # physics steps per control step: 20 Hz control
 CONTROL_HZ = 20
 RAMP = (0.2, 0.4, 0.6, 0.8, 1.0)       # share of a control step's joint motion commanded by each fifth of it
+ACTION_NAMES = ("dx", "dy", "dz", "gripper")
 ACTION_SCALE = 0.03                    # m of hand motion per control step at action 1
 MAX_STEPS = 200                        # control steps (10 s) before an episode is cut off
 IMAGE_SIZE = 64                        # px
@@ -324,14 +327,12 @@ class Env:
                 (f, FACTORS) for f in [randomize_only] if f is not None]:
             if name not in known:
                 raise ValueError(f"{name!r} is not one of {', '.join(known)}")
-        if not 0 <= randomize <= 1:
-            raise ValueError(f"randomize is a number from 0 to 1, not {randomize}")
         self.tasks, self.n_blocks, self.n_pads = tuple(tasks), n_blocks + CROWD * (split == "crowd"), n_pads
-        self.split, self.randomize, self.guard = split, randomize, guard
+        self.split, self.guard = split, guard
         self.factors = tuple(FACTORS) if randomize_only is None else (randomize_only,)
         self.late = False                                      # whether actions arrive one control step late
         self.model = m = mujoco.MjModel.from_xml_string(scene_xml(self.n_blocks, n_pads))
-        self.normal = mujoco.MjModel.from_xml_string(scene_xml(self.n_blocks, n_pads)) if randomize else None
+        self.randomize, self.normal = 0.0, None
         self.data = mujoco.MjData(m)
         self.arm_model = mujoco.MjModel.from_xml_string(scene_xml(0, 0))    # the arm alone, for the IK
         self.arm = mujoco.MjData(self.arm_model)
@@ -354,8 +355,17 @@ class Env:
         self.is_block = np.isin(np.arange(m.ngeom), self.block_geom)
         self.fingers = [m.geom("finger_left").id, m.geom("finger_right").id]
         self.thing_of = {g: i for i, g in enumerate(self.thing_geom.tolist())}
+        self.set_randomize(randomize)
 
     # -- setting up
+    def set_randomize(self, amount):
+        """How far from normal, 0..1, the worlds of the next resets may be."""
+        if not 0 <= amount <= 1:
+            raise ValueError(f"randomize is a number from 0 to 1, not {amount}")
+        if amount and self.normal is None:
+            self.normal = mujoco.MjModel.from_xml_string(scene_xml(self.n_blocks, self.n_pads))
+        self.randomize = amount
+
     def reset(self, seed=None, options=None):
         """New scene, a function of `seed` (int; None draws one). options: dict(instruction=sentence, task=name,
         slots=some of them) sets them by hand. Returns (obs, info). Raises ValueError if the sentence does not fit the scene."""
@@ -364,7 +374,7 @@ class Env:
         task, text = options.get("task") or self.tasks[rng.integers(len(self.tasks))], options.get("instruction")
         if task not in TASKS:
             raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}")
-        if self.randomize:
+        if self.normal is not None:
             self._randomize(np.random.default_rng([self.seed, 7]))
         for _ in range(1000):
             self._new_scene(rng)
@@ -971,10 +981,10 @@ INTERRUPT = 0.6                        # share of sentences that are interrupted
 SENTENCES = 3                          # at most, per scene
 
 
-def demonstrate(env, seed):
+def demonstrate(env, seed, noise=1.0):
     """Plays one scene; returns ([episode, ...], {reason: dropped}). An episode is one sentence, from the moment it
     is given until it is done or the next one, of any of the tasks, interrupts it. The expert's action plus noise is executed
-    and the clean action recorded, so that recovery is in the data (DART, arXiv:1703.09327)."""
+    and the clean action recorded, so that recovery is in the data (DART, arXiv:1703.09327). noise: share of NOISE, PUSH, DROP."""
     rng = np.random.default_rng([seed, 1])
     obs, info = env.reset(seed)
     episodes, dropped = [], {}
@@ -993,14 +1003,14 @@ def demonstrate(env, seed):
             for name, camera in env.cameras.items():
                 row[f"{name}_uv"] = seen_at(env, camera)
             noisy = action.astype(np.float64)
-            noisy[:3] += rng.normal(0, NOISE, 3)
-            if push_left == 0 and rng.random() < PUSH:
+            noisy[:3] += noise * rng.normal(0, NOISE, 3)
+            if push_left == 0 and rng.random() < noise * PUSH:
                 push, push_left = rng.normal(size=3), rng.integers(3, 8)
                 push *= 0.8 / np.linalg.norm(push)
             if push_left:
                 noisy[:3] += push
                 push_left -= 1
-            if drop_left == 0 and rng.random() < DROP:
+            if drop_left == 0 and rng.random() < noise * DROP:
                 drop_left = 3
             if drop_left:
                 noisy[3] = -noisy[3]
@@ -1041,17 +1051,17 @@ SCHEMA = "picovla-2"
 CHUNK = 8                              # frames per compressed chunk of a camera's pictures
 
 
-def start_worker(kwargs):
-    global worker_env
+def start_worker(kwargs, noise):
+    global worker_env, worker_noise
     if parent := mp.parent_process():                          # a worker
         signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is the main process's to handle
         Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()     # and its death is ours
-    worker_env = Env(**kwargs)
+    worker_env, worker_noise = Env(**kwargs), noise
 
 
 def play_scene(seed, env=None):
     """demonstrate() in a worker, the pictures already compressed as the file's chunks will hold them."""
-    episodes, dropped = demonstrate(env or worker_env, seed)
+    episodes, dropped = demonstrate(env, seed) if env else demonstrate(worker_env, seed, worker_noise)
     for _, arrays in episodes:
         for key in [k for k in arrays if k.endswith("_image")]:
             images = arrays[key]
@@ -1064,9 +1074,9 @@ def play_scene(seed, env=None):
 def write_episode(file, index, attrs, arrays):
     """Appends one episode.
 
-    attrs: schema, total, seed, tasks, all_tasks (what `--tasks all` would have been), control_hz, requests (JSON [{task, slots, sentences}, ..]: all that can be asked
-        for, each with its wordings), env_args (JSON, with the cameras), versions, git_commit, settings, scenes_done, dropped
-        (JSON), complete (written last)
+    attrs: schema, total, seed, tasks, all_tasks (what `--tasks all` would have been), control_hz, requests (JSON
+        [{task, slots, sentences}, ..]: all that can be asked for, each with its wordings), env_args (JSON, with the
+        cameras), versions, git_commit, settings, scenes_done, dropped (JSON), complete (written last)
     episode_0/                           T control steps
         attrs: instruction, task, num_samples, success, interrupted, scene_seed, sentence (0, 1, 2: how many came
             before it in this scene), block_colors, pad_colors ("red,blue,.."), slots (JSON), request (index in
@@ -1110,10 +1120,10 @@ def fail(message):
     sys.exit(2)
 
 
-def generate(out, episodes, seed, kwargs, workers):
+def generate(out, episodes, seed, kwargs, noise, workers):
     """Writes `episodes` demonstrations to `out`; returns nothing. A killed run is carried on by the next."""
     part = out.with_name(out.name + ".part")
-    settings, tasks = json.dumps(dict(kwargs, seed=seed, schema=SCHEMA), sort_keys=True), kwargs["tasks"]
+    settings, tasks = json.dumps(dict(kwargs, seed=seed, noise=noise, schema=SCHEMA), sort_keys=True), kwargs["tasks"]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = h5py.File(part, "a")
@@ -1142,7 +1152,7 @@ def generate(out, episodes, seed, kwargs, workers):
         """Scenes in order, a few in flight per worker: the file's content does not depend on their number."""
         todo = iter(range(base + scene, base + 100_000))
         if pool is None:
-            start_worker(kwargs)
+            start_worker(kwargs, noise)
             yield from map(play_scene, todo)
             return
         waiting = [pool.submit(play_scene, seed) for seed in itertools.islice(todo, 4 * workers)]
@@ -1156,7 +1166,7 @@ def generate(out, episodes, seed, kwargs, workers):
     signal.signal(signal.SIGINT, stop if workers == 1 else signal.SIG_IGN)     # workers inherit it as they start
     pool = None
     if workers > 1:
-        pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), initializer=start_worker, initargs=(kwargs,))
+        pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), initializer=start_worker, initargs=(kwargs, noise))
     bar = tqdm(total=episodes, initial=written, unit="episode", disable=not sys.stderr.isatty(), smoothing=0.05)
     try:
         for found, lost in seeds_done(pool) if written < episodes else ():
@@ -1190,8 +1200,8 @@ def generate(out, episodes, seed, kwargs, workers):
     finished = sum(bool(file[f"episode_{i}"].attrs["success"]) for i in range(written))
     env_args = json.dumps(dict(env_name="picovla", type=0, env_kwargs=kwargs), sort_keys=True)
     file["data"].attrs.update(total=written, env_args=env_args)
-    file.attrs.update(schema=SCHEMA, seed=seed, tasks=",".join(tasks), all_tasks=",".join(TASKS), control_hz=CONTROL_HZ, env_args=env_args,
-                      requests=json.dumps([dict(task=task, slots=slots, sentences=[fill(p, slots) for p in patterns(task)])
+    file.attrs.update(schema=SCHEMA, seed=seed, tasks=",".join(tasks), all_tasks=",".join(TASKS), control_hz=CONTROL_HZ,
+                      env_args=env_args, requests=json.dumps([dict(task=task, slots=slots, sentences=[fill(p, slots) for p in patterns(task)])
                                            for task, slots in all_requests(tasks)]),
                       versions=f"mujoco {mujoco.__version__}, numpy {np.__version__}, h5py {h5py.__version__}",
                       git_commit="unknown" if failed else commit)
@@ -1204,6 +1214,57 @@ def generate(out, episodes, seed, kwargs, workers):
           f"expert, under noise, did {finished}/{finished + lost} = {100 * finished / max(finished + lost, 1):.1f}%")
     print(f"this run: {written - begun} episodes, {frames} frames in {seconds:.0f} s: {frames / seconds:.0f} frames/s, "
           f"{(written - begun) / seconds:.1f} episodes/s, {workers} workers")
+
+
+def info(path):
+    """Prints what is in a data file and draws it beside it, in a .png."""
+    try:
+        with h5py.File(path) as file:
+            attrs = {k: file.attrs[k] for k in ("schema", "total", "tasks", "seed", "settings", "versions", "git_commit", "dropped")}
+            episodes = [file[f"episode_{i}"] for i in range(attrs["total"])]
+            about = [dict(e.attrs) for e in episodes]
+            actions = np.concatenate([e["actions"][:] for e in episodes])
+            places = np.concatenate([e["grounding/things_pos"][0, :len(a["block_colors"].split(","))] for e, a in zip(episodes, about)])
+            cameras = [k for k in episodes[0]["observations"] if k.endswith("_image")]
+            first = [np.concatenate([e[f"observations/{k}"][0] for k in cameras], 1) for e in episodes[:24]]
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        fail(f"{path} is not a data file of this program ({str(error).splitlines()[0]})")
+    for key, value in attrs.items():
+        print(f"{key:10} {value}")
+    lengths = {task: [a["num_samples"] for a in about if a["task"] == task] for task in attrs["tasks"].split(",")}
+    for task, n in lengths.items():
+        mine = [a for a in about if a["task"] == task]
+        wordings = Counter(a["instruction"] for a in mine)
+        print(f"{task:10} {len(n)} episodes, {sum(a['interrupted'] for a in mine)} of them interrupted; {min(n, default=0)} to "
+              f"{max(n, default=0)} steps, {np.mean(n or 0):.0f} on average; {len(wordings)} sentences, most often "
+              f"{max(wordings, key=wordings.get, default='')!r}")
+    for name, column in zip(ACTION_NAMES, actions.T):
+        print(f"{name:10} {column.mean():+.2f} ± {column.std():.2f}, at its limit in {100 * np.mean(np.abs(column) >= 1):.0f}% of "
+              f"{len(column)} steps")
+    for name in ("block_colors", "pad_colors"):
+        print(f"{name:12} " + ", ".join(f"{n} {c}" for c, n in Counter(",".join(a[name] for a in about).split(",")).most_common()))
+
+    import matplotlib
+    matplotlib.use("Agg")                                      # draws without a display
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    for task, n in lengths.items():
+        axes[0, 0].hist(n, np.arange(0, MAX_STEPS + 5, 5), histtype="step", label=f"{task}, {len(n)} episodes")
+    axes[0, 0].set_xlabel("control steps in an episode"), axes[0, 0].legend()
+    axes[0, 1].hist(actions, np.linspace(-1, 1, 42), histtype="step", label=ACTION_NAMES)
+    axes[0, 1].set_xlabel("action"), axes[0, 1].set_yscale("log"), axes[0, 1].legend()
+    axes[1, 0].scatter(places[:, 1], places[:, 0], 3, [COLORS[c] for a in about for c in a["block_colors"].split(",")])
+    axes[1, 0].set_xlabel("y, m"), axes[1, 0].set_ylabel("x, m"), axes[1, 0].invert_xaxis(), axes[1, 0].set_aspect("equal")
+    axes[1, 0].set_title("blocks when a sentence came, seen from above")
+    first = [np.pad(f, ((2, 2), (2, 2), (0, 0)), constant_values=255) for f in first]
+    first += [np.full_like(first[0], 255)] * (-len(first) % 4)
+    axes[1, 1].imshow(np.concatenate([np.concatenate(first[i:i + 4], 1) for i in range(0, len(first), 4)]))
+    axes[1, 1].set_title("first frames"), axes[1, 1].axis("off")
+    try:
+        figure.savefig(path.with_suffix(".png"), dpi=80)
+    except OSError as error:
+        fail(f"cannot write {path.with_suffix('.png')}: {error.strerror}")
+    print(path.with_suffix(".png"))
 
 
 def benchmark(scenes=25):
@@ -1246,6 +1307,8 @@ if __name__ == "__main__":
     parser.add_argument("--randomize_only", default=None, choices=tuple(FACTORS), help="let this alone differ (default: everything)")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 61),
                         help="processes (default: all cores); does not change the data")
+    parser.add_argument("--noise", type=float, default=1.0, help="0 to 1: how much noise is executed with the actions (default 1)")
+    parser.add_argument("--info", type=Path, default=None, help="only print what is in this data file, and draw it in a .png beside it")
     parser.add_argument("--bench", action="store_true", help="only print the recording rate of one core beside bare physics")
     args = parser.parse_args()
     cameras = args.cameras.split(",")
@@ -1255,11 +1318,10 @@ if __name__ == "__main__":
         tasks = task_list(args.tasks)
     except ValueError as error:
         fail(f"--tasks {error}")
-    if args.bench:
-        benchmark()
-        sys.exit()
+    if args.bench or args.info:
+        sys.exit(info(args.info) if args.info else benchmark())
     for flag, value, low, high in (("--episodes", args.episodes, 1, 100_000), ("--workers", args.workers, 1, 61),
-                                   ("--seed", args.seed, 0, 9999), ("--randomize", args.randomize, 0, 1)):
+                                   ("--seed", args.seed, 0, 9999), ("--randomize", args.randomize, 0, 1), ("--noise", args.noise, 0, 1)):
         if not low <= value <= high:
             fail(f"{flag} must be from {low} to {high}, not {value}")
     if args.out.exists():
@@ -1269,4 +1331,4 @@ if __name__ == "__main__":
     world = dict(tasks=tasks, cameras=cameras)
     if args.randomize:
         world.update(randomize=args.randomize, randomize_only=args.randomize_only)
-    generate(args.out, args.episodes, args.seed, world, args.workers)
+    generate(args.out, args.episodes, args.seed, world, args.noise, args.workers)

@@ -275,11 +275,14 @@ class Pointers(nn.Module):
         self.query, self.key = nn.Linear(C, C), nn.Linear(C, C)
         self.word_norm, self.patch_norm = nn.LayerNorm(C), nn.LayerNorm(C)
 
+    def weigh(self, words, padding):
+        """How much of its name each pointer finds at each word: (U, L, C) and padding (U, L) bool to (U, 2, L), of sum 1."""
+        logits = self.word_norm(words) @ self.roles.T * self.roles.shape[1] ** -0.5 - 1e4 * padding[..., None]
+        return logits.softmax(1).transpose(1, 2)
+
     def read(self, words, padding, names):
         """Words in their context (U, L, C), padding (U, L) bool, bare names (U, L, C) to queries (U, 2, C)."""
-        context = self.word_norm(words)
-        weights = context @ self.roles.T * self.roles.shape[1] ** -0.5 - 1e4 * padding[..., None]            # (U, L, 2)
-        return self.query(weights.softmax(1).transpose(1, 2) @ (context + names))
+        return self.query(self.weigh(words, padding) @ (self.word_norm(words) + names))
 
     def forward(self, queries, patches, frame):
         """Queries (R, 2, C) and patches (B, keep, C) to what they point at, (R, 2, C), and log-attention (R, 2, keep)."""
@@ -377,7 +380,8 @@ class Tokens(nn.Module):
     def __init__(self, config, size):
         super().__init__()
         self.bins = config.bins
-        self.net = nn.Sequential(nn.Linear(size, 2 * config.width), nn.ReLU(), nn.Linear(2 * config.width, config.chunk * A * config.bins))
+        self.net = nn.Sequential(nn.Linear(size, 2 * config.width), nn.ReLU(),
+                                 nn.Linear(2 * config.width, config.chunk * A * config.bins))
 
     def logits(self, x):
         return self.net(x).unflatten(1, (-1, A, self.bins))                                 # (R, K, A, bins)

@@ -26,7 +26,7 @@ from PIL import Image
 import gen_data
 from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, SPLITS, TASKS, TEST_SEED, Env, all_requests, expert, fill,
                       is_held_out, parse_instruction, patterns, seen_at)
-from model import CHARS, PROPRIO, VLA, Block, Config, split, tokenize
+from model import BC, CHARS, PROPRIO, VLA, Block, Config, split, tokenize
 
 ROOT = Path(__file__).resolve().parent
 TRAIN = ("train.py --data demos.h5 --device cpu --steps 12 --batch_size 8 --relabel 4 --log_interval 1 --eval_interval 6 "
@@ -590,6 +590,38 @@ def test_play_shows_several_scenes_and_attention(trained, tmp_path):
         assert sheet.width == 4 * 2 * (128 + 64) and "scene 0" in out and "scene 1" in out
 
 
+def test_play_shows_the_inside_and_counts_where_it_looks(trained, tmp_path):
+    run(f"play.py --ckpt {trained}/out/ckpt.pt --seed 1 --size 128 --pipeline --out a.png", tmp_path)
+    with Image.open(tmp_path / "a.png") as figure:
+        assert figure.width > 1000 and np.std(np.asarray(figure)) > 20
+    found = re.findall(r"pointer to the (\w+) +(\d+)/(\d+)", run(f"play.py --ckpt {trained}/out/ckpt.pt --attention --episodes 1", tmp_path))
+    assert [name for name, *_ in found[:2]] == ["thing", "place"] and all(0 <= int(k) <= int(n) <= 200 for _, k, n in found)
+
+
+def test_demonstrations_without_noise_replay_exactly(data, tmp_path):
+    """Sentence after sentence; what noise had a hand in mostly does not."""
+    run("gen_data.py --tasks all --episodes 12 --noise 0 --workers 1 --out clean.h5", tmp_path)
+    k, n = re.match(r"(\d+) of the (\d+) ", run("play.py --data clean.h5 --replay --episodes 12", tmp_path)).groups()
+    assert k == n and int(n) > 4
+    k, n = re.match(r"(\d+) of the (\d+) ", run(f"play.py --data {data}/demos.h5 --replay --episodes 24", tmp_path)).groups()
+    assert int(k) < int(n)
+    out = run("play.py --data clean.h5 --episode 2 --size 128 --out a.png", tmp_path)
+    with h5py.File(tmp_path / "clean.h5") as file, Image.open(tmp_path / "a.png") as sheet:
+        assert file["episode_2"].attrs["instruction"] in out and sheet.width == 4 * 2 * 128
+
+
+def test_info_says_what_is_in_a_file(data, tmp_path):
+    (tmp_path / "demos.h5").symlink_to(data / "demos.h5")
+    out = run("gen_data.py --info demos.h5", tmp_path)
+    with h5py.File(data / "demos.h5") as file:
+        episodes = [dict(file[f"episode_{i}"].attrs) for i in range(24)]
+    for task in TASKS:
+        mine = [e for e in episodes if e["task"] == task]
+        assert f"{len(mine)} episodes, {sum(e['interrupted'] for e in mine)} of them interrupted" in out
+    with Image.open(tmp_path / "demos.png") as figure:
+        assert figure.width > 600 and np.std(np.asarray(figure)) > 20
+
+
 def test_play_asks_for_sentences_without_a_display(trained, tmp_path):
     """An unknown word, a block that is not there and another scene on the way; end of input ends it."""
     env = Env(cameras=())
@@ -597,9 +629,10 @@ def test_play_asks_for_sentences_without_a_display(trained, tmp_path):
     absent = next(c for c in COLORS if c not in env.block_colors)
     done = subprocess.run([sys.executable, ROOT / "play.py", "--ckpt", trained / "out/ckpt.pt", "--seed", "0", "--size", "128"],
                           cwd=tmp_path, text=True, capture_output=True, input=f"hello there\npick the {absent} block and put it on "
-                          f"the {env.pad_colors[0]} target\nseed 7\nhelp\nreset\n")
+                          f"the {env.pad_colors[0]} target\nseed 7\nhelp\nrandomize 3\nrandomize 0.5\nreset\n")
     assert done.returncode == 0 and "Traceback" not in done.stderr and not list(tmp_path.glob("out/*"))
     assert "does not know the word 'hello'" in done.stdout and f"no {absent} block" in done.stdout and "scene 7" in done.stdout
+    assert "from 0 to 1, not 3.0" in done.stdout
 
 
 def test_bc_trains_on_data_that_it_makes(tmp_path):
@@ -627,6 +660,7 @@ def hostile(trained):
     torch.save(saved, trained / "other.pt")
     saved["config"].update(width=128, words=[word[::-1] for word in saved["config"]["words"]])
     torch.save(saved, trained / "foreign.pt")
+    BC(Config(model="bc", state="full", cameras=(), chunk=1, execute=1)).save(trained / "bc.pt")
     return trained
 
 
@@ -684,6 +718,15 @@ def hostile(trained):
     ("eval.py --ckpt out/ckpt.pt --episodes 1 --out out", "cannot write"),
     ("play.py --ckpt missing.pt --out a.gif", "no checkpoint missing.pt"),
     ("play.py --ckpt demos.h5 --out a.gif", "not a checkpoint"),
+    ("gen_data.py --noise 2 --out new.h5", "--noise"),
+    ("gen_data.py --info text", "text is not a data file"),
+    ("play.py --ckpt out/ckpt.pt --pipeline --out a.gif", ".png"),
+    ("play.py --ckpt bc.pt --attention --out a.gif", "this checkpoint has none"),
+    ("play.py --replay", "--data"),
+    ("play.py --data demos.h5", "--out"),
+    ("play.py --data demos.h5 --episode 99 --out a.gif", "--episode 99"),
+    ("play.py --data text --replay", "text is not a data file"),
+    ("play.py --ckpt out/ckpt.pt --episodes 3 --out a.gif", "--replay"),
     ("play.py --ckpt out/ckpt.pt --out a.bmp", ".gif, .mp4 or .png"),
     ("play.py --ckpt out/ckpt.pt --out a.gif --seed three", "'three'"),
     ("play.py --ckpt out/ckpt.pt --out text/a.gif", "text"),

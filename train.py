@@ -32,8 +32,8 @@ def fail(message):
 
 # ----------------------------------------------------------------------------- settings
 RECIPES = dict(picovla={}, classic=dict(                       # as small VLAs are taught: no clue but the actions
-    vision="vit", keep=64, cameras="front", text="char", pointers=0, chunk=1, loss="mse", ground=0.0, goal=0.0, relabel=0, word_dropout=0.0,
-    shuffle_names=0, optimizer="adamw", adam_lr=1e-4, batch_size=32, steps=2000))
+    vision="vit", keep=64, cameras="front", text="char", pointers=0, chunk=1, loss="mse", ground=0.0, goal=0.0, relabel=0,
+    word_dropout=0.0, shuffle_names=0, optimizer="adamw", adam_lr=1e-4, batch_size=32, steps=2000))
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.error, add = fail, parser.add_argument                 # one sentence, without the usage
@@ -53,8 +53,8 @@ add("--shuffle_names", type=int, default=1, choices=(0, 1), help="1: other colou
 add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where there are patches to look at)")
 add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
 add("--model", default="vla", choices=("vla", "bc"), help="vla, or bc: an MLP on the state alone (default vla)")
-add("--vision", default="vit_stem", choices=tuple(EMBEDDINGS), help="vit_stem: patches by two small convolutions; vit: by one linear map; "
-    "cnn: three convolutions, one vector for each picture (default vit_stem)")
+add("--vision", default="vit_stem", choices=tuple(EMBEDDINGS), help="vit_stem: patches by two small convolutions; vit: by one linear "
+    "map; cnn: three convolutions, one vector for each picture (default vit_stem)")
 add("--keep", type=int, default=Config.keep, help=f"patches kept of each look, those that differ from the table (default {Config.keep})")
 add("--cameras", default=None, help="comma list of the file's cameras to look through (default all of them)")
 add("--frames", type=int, default=1, help="pictures of each camera: the last ones, a control step apart (default 1)")
@@ -62,9 +62,10 @@ add("--text", default="word", choices=("word", "char"), help="tokens of the sent
 add("--text_encoder", default="transformer", choices=("transformer", "lstm"), help="what reads them (default transformer)")
 add("--state", default=None, choices=tuple(STATES), help="proprio: 14 numbers the robot feels; full: 20, with the "
     "answer; none (default proprio; bc: full)")
-add("--pointers", type=int, default=1, choices=(0, 1), help="1: two pointers from words to patches, for the thing and its place (default 1)")
-add("--fusion", default="transformer", choices=tuple(FUSIONS), help="transformer over all tokens; or attention, concat or multiply of one "
-    "vector for each modality (default transformer)")
+add("--pointers", type=int, default=1, choices=(0, 1), help="1: two pointers from words to patches, for the thing and "
+    "its place (default 1)")
+add("--fusion", default="transformer", choices=tuple(FUSIONS), help="transformer over all tokens; or attention, concat or multiply "
+    "of one vector for each modality (default transformer)")
 add("--head", default="continuous", choices=tuple(HEADS), help="continuous: regression; tokens: bins and cross-entropy; flow: flow "
     "matching (default continuous)")
 add("--loss", default=None, choices=("l1", "mse"), help="of the continuous head (default l1)")
@@ -111,8 +112,8 @@ if args.relabel > args.batch_size:
 for flag, head in (("loss", "continuous"), ("bins", "tokens"), ("flow_steps", "flow")):
     if getattr(args, flag) is not None and args.head != head:
         fail(f"--{flag} belongs to --head {head}, not to {args.head}")
-parts = ("vision", "keep", "frames", "text", "text_encoder", "pointers", "fusion", "head", "loss", "bins", "flow_steps", "chunk", "ensemble",
-         "width", "heads", "layers")                           # flags that are fields of Config
+parts = ("vision", "keep", "frames", "text", "text_encoder", "pointers", "fusion", "head", "loss", "bins", "flow_steps", "chunk",
+         "ensemble", "width", "heads", "layers")               # flags that are fields of Config
 if args.model == "bc":
     if odd := [flag for flag in (*parts, "cameras", "execute") if getattr(args, flag) != parser.get_default(flag)]:
         fail(f"--{odd[0]} is about the vla; --model bc has only a state and one action")
@@ -171,9 +172,11 @@ def load(path, state_keys, cameras):
                 images[at:at + n, v] = observed[f"{camera}_image"][:]
             at += n
             for name, value in dict(
-                    state=np.concatenate([np.zeros((n, 0), np.float32), *(observed[k][:] for k in state_keys)], 1), action=group["actions"][:],
+                    state=np.concatenate([np.zeros((n, 0), np.float32), *(observed[k][:] for k in state_keys)], 1),
+                    action=group["actions"][:],
                     goal=np.concatenate([observed[k][:] for k in ("object_pos", "target_pos")], 1),
-                    start=np.full(n, at - n), key=np.full(n, group.attrs["request"]), things=np.tile(group.attrs["things"].astype(np.int64), (n, 1)),
+                    start=np.full(n, at - n), key=np.full(n, group.attrs["request"]),
+                    things=np.tile(group.attrs["things"].astype(np.int64), (n, 1)),
                     other_action=labels["other_action"][:], other_goal=labels["other_goal"][:],
                     other_key=labels["other"][:].astype(np.int64), other_things=labels["other_things"][:].astype(np.int64),
                     uv=np.stack([labels[f"{c}_uv"][:] for c in cameras] or [labels["things_pos"][..., :2]], 1),
