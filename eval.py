@@ -114,6 +114,8 @@ if "policy" in policies:
         for flag in ("execute", "ensemble", "flow_steps"):
             if getattr(args, flag) is not None:
                 setattr(model.config, flag, getattr(args, flag))
+        if args.flow_steps and model.config.head != "flow":
+            fail(f"--flow_steps belongs to checkpoints with --head flow, and this one has {model.config.head}")
         try:
             model.config.check()
         except ValueError as error:

@@ -400,7 +400,7 @@ class Flow(nn.Module):
 
     def __init__(self, config, size):
         super().__init__()
-        self.steps, self.chunk = config.flow_steps, config.chunk
+        self.config = config
         self.register_buffer("noise", torch.randn(config.chunk, A))
         sizes = (size + config.chunk * A + 16, 2 * config.width, 2 * config.width)
         self.net = nn.Sequential(*(part for i in range(2) for part in (nn.Linear(*sizes[i:i + 2]), nn.ReLU())),
@@ -413,8 +413,9 @@ class Flow(nn.Module):
 
     def forward(self, x):
         actions = self.noise.expand(len(x), -1, -1)
-        for i in range(self.steps):
-            actions = actions + self.velocity(x, actions, x.new_full((len(x), 1), i / self.steps)) / self.steps
+        steps = self.config.flow_steps
+        for i in range(steps):
+            actions = actions + self.velocity(x, actions, x.new_full((len(x), 1), i / steps)) / steps
         return actions.clamp(-1, 1)
 
     def error(self, x, wanted):

@@ -421,6 +421,24 @@ def test_every_choice_builds_learns_saves_and_acts(choice, batch, tmp_path):
         assert a.tobytes() == b.tobytes() and a.shape == (4,) and a.dtype == np.float32 and np.abs(a).max() <= 1
 
 
+def test_acting_follows_the_config(batch):
+    """Chunk, ensemble and integration steps of one and the same set of weights."""
+    torch.manual_seed(0)
+    (obs, *_), (sentence, other), _ = batch
+    model, taken = VLA(Config(words=WORDS, head="flow")).eval(), {}
+    for name, choice in dict(default={}, steps=dict(flow_steps=1), execute=dict(flow_steps=4, execute=1), ensemble=dict(ensemble=True)).items():
+        vars(model.config).update(choice)
+        model.reset()
+        moved = [obs | dict(ee_pos=obs["ee_pos"] + 0.1 * t) for t in range(3)]
+        taken[name] = [model.predict(o, sentence) for o in moved]
+    chunks = np.stack([model.plan([o], [sentence])[0] for o in moved])           # (3, K, A)
+    np.testing.assert_allclose(taken["default"], chunks[0, :3], atol=1e-6)
+    np.testing.assert_allclose(taken["execute"], chunks[:, 0], atol=1e-6)
+    assert not np.allclose(taken["steps"][0], taken["default"][0], atol=1e-3)
+    weights = np.exp(-0.01 * np.arange(3))
+    np.testing.assert_allclose(taken["ensemble"][2], weights / weights.sum() @ [chunks[0, 2], chunks[1, 1], chunks[2, 0]], atol=1e-6)
+
+
 def test_computing_only_the_cls_row_is_the_same_function():
     torch.manual_seed(0)
     block, x, others = Block(32, 4), torch.randn(3, 9, 32), torch.randn(3, 4, 5, 16)
@@ -677,6 +695,8 @@ def hostile(trained):
     ("train.py --data demos.h5 --out_dir new --vision cnn --ground 1", "--vision cnn"),
     ("train.py --data demos.h5 --out_dir new --pointers 0 --fusion concat --ground 1", "--fusion concat"),
     ("train.py --data demos.h5 --out_dir new --head flow --bins 16", "--head tokens"),
+    ("train.py --data demos.h5 --out_dir new --pointers 0 --shuffle_names 1", "--pointers 0"),
+    ("eval.py --ckpt out/ckpt.pt --flow_steps 2", "--head flow"),
     ("train.py --data demos.h5 --out_dir new --head tokens --bins 1", "--bins"),
     ("train.py --data demos.h5 --out_dir new --model bc --head flow", "--head is about the vla"),
     ("train.py --data demos.h5 --out_dir new --model bc --state none", "--state none"),

@@ -48,8 +48,8 @@ add("--adam_lr", type=float, default=2e-3, help="AdamW's, for everything else (d
 add("--optimizer", default="muon", choices=("muon", "adamw"), help="adamw: AdamW for everything (default muon)")
 add("--word_dropout", type=float, default=0.1, help="share of a sentence's other words than colours and directions that are "
     "left out in training (default 0.1)")
-add("--shuffle_names", type=int, default=1, choices=(0, 1), help="1: other colours in the words that are read in their context, so "
-    "that only the pointers' names depend on them (default 1)")
+add("--shuffle_names", type=int, default=None, choices=(0, 1), help="1: other colours in the words that are read in their context, "
+    "so that only the pointers' names depend on them (default 1 with pointers)")
 add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where there are patches to look at)")
 add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
 add("--model", default="vla", choices=("vla", "bc"), help="vla, or bc: an MLP on the state alone (default vla)")
@@ -126,6 +126,9 @@ if args.ground and not groundable:
     fail("--ground pulls attention onto patches; " + ("--vision cnn has none" if args.vision == "cnn" else
                                                       f"without pointers --fusion {args.fusion} does not look at them"))
 args.ground = 0.1 * groundable if args.ground is None else args.ground
+if args.shuffle_names and not args.pointers:
+    fail("--shuffle_names leaves colours to the pointers' names; with --pointers 0 nobody would hear them")
+args.shuffle_names = args.pointers if args.shuffle_names is None else args.shuffle_names
 try:
     config = Config(model=args.model, state=state_kind, execute=args.execute, max_text=16 if args.text == "word" else 96,
                     **{flag: getattr(args, flag) for flag in parts if getattr(args, flag) is not None} | dict(chunk=args.chunk))
