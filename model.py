@@ -12,7 +12,10 @@ Dimension letters, used everywhere: B batch, V views (cameras), H W pixels, P pa
 N all tokens, C width, S state numbers, K actions in a chunk, A numbers in an action.
 """
 import dataclasses
+import os
+import pickle
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -428,6 +431,20 @@ HEADS = dict(continuous=Continuous, tokens=Tokens, flow=Flow)
 
 
 # ----------------------------------------------------------------------------- the policies
+def write(path, content):
+    """torch.save that never leaves half a file, not even when the power fails. What was there before stays beside it as
+    previous_NAME."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        shutil.copyfile(path, path.with_name("previous_" + path.name))
+    part.replace(path)
+
+
 class Policy(nn.Module):
     """What the VLA and the baseline share: normalisation, acting, saving, loading."""
 
@@ -491,9 +508,7 @@ class Policy(nn.Module):
 
     def save(self, path, **extra):
         """Writes config, weights and `extra` (plain values) to one file that load() opens."""
-        part = Path(path).with_name(Path(path).name + ".part")
-        torch.save(dict(config=dataclasses.asdict(self.config), weights=self.state_dict(), **extra), part)
-        part.replace(path)                                     # never half a checkpoint
+        write(path, dict(config=dataclasses.asdict(self.config), weights=self.state_dict(), **extra))
 
     @staticmethod
     def load(path=None, device="cpu"):
@@ -509,6 +524,8 @@ class Policy(nn.Module):
             model.load_state_dict(saved["weights"])
         except FileNotFoundError:
             raise ValueError(f"there is no checkpoint {path}; python train.py makes out/ckpt.pt") from None
+        except pickle.UnpicklingError:                         # nothing in a stranger's file is ever run
+            raise ValueError(f"{path} is not a checkpoint of this model (it holds something else than weights and plain values)") from None
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{path} is not a checkpoint of this model ({reason})") from None

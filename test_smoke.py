@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 for name in ("DISPLAY", "WAYLAND_DISPLAY"):
@@ -527,10 +529,50 @@ def test_training_is_a_function_of_its_seed_and_resumes_exactly(trained, tmp_pat
     assert list(whole) == list(range(1, 13)) and all(np.isfinite(v) for line in whole.values() for v in line.values())
     assert stop_when((tmp_path / "out/resume.pt").exists, TRAIN, tmp_path) == -signal.SIGKILL     # written after step 6
     assert 6 <= len(read_log(log)) < 12
-    run(TRAIN + " --resume --eval_interval 0", tmp_path)
+    run("train.py --resume out --eval_interval 0", tmp_path)   # with the settings it was started with
     assert read_log(log) == whole
-    run(TRAIN + " --resume --eval_interval 0 --steps 14", tmp_path)
+    for name in ("ckpt.pt", "resume.pt"):                      # bit for bit; the one before is kept
+        there, here = (torch.load(folder / "out" / name, weights_only=True) for folder in (trained, tmp_path))
+        assert all(torch.equal(there["weights"][k], v) for k, v in here["weights"].items()) and there["fingerprint"] == here["fingerprint"]
+        assert torch.load(tmp_path / "out" / f"previous_{name}", weights_only=True)["step"] == 6
+    run("train.py --resume out --eval_interval 0 --steps 14", tmp_path)
     assert list(read_log(log)) == list(range(1, 15)) and VLA.load(tmp_path / "out/ckpt.pt").step == 14
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_saves_and_says_how_to_go_on(how, trained, tmp_path):
+    (tmp_path / "demos.h5").symlink_to(trained / "demos.h5")
+    log = tmp_path / "out/log.jsonl"
+    assert stop_when(lambda: log.exists() and log.stat().st_size, TRAIN + " --steps 500 --eval_interval 1000", tmp_path, how) == 130
+    step = VLA.load(tmp_path / "out/ckpt.pt").step
+    assert 1 <= step < 500 and len(read_log(log)) == step
+
+
+def test_bad_numbers_stop_the_run_and_spoil_nothing(trained, tmp_path):
+    """In the file: refused with the episode's name. In training: the step and the episodes, and the last checkpoint stays."""
+    shutil.copy(trained / "demos.h5", tmp_path)
+    process = start(TRAIN + " --adam_lr 1e30 --lr 1e30 --eval_interval 1", tmp_path)
+    err = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and re.search(r"train.py: the loss is (nan|inf) at step (\d+), on episodes \d+, ", err), err
+    assert VLA.load(tmp_path / "out/ckpt.pt").step == int(re.search(r"at step (\d+)", err)[1]) - 1
+    with h5py.File(tmp_path / "demos.h5", "a") as file:
+        file["episode_7/observations/ee_vel"][3, 1] = np.nan
+    assert "ee_vel of episode_7 is not all finite" in run(TRAIN + " --out_dir new", tmp_path, code=2)
+    with h5py.File(tmp_path / "demos.h5", "a") as file:
+        file["episode_7/observations/ee_vel"][3, 1] = 0
+        file["episode_5/actions"][0, 2] = 1.5
+    assert "actions of episode_5 is not all finite numbers in [-1, 1]" in run(TRAIN + " --out_dir new", tmp_path, code=2)
+    with h5py.File(tmp_path / "demos.h5", "a") as file:        # now it is a good file, but another one
+        file["episode_5/actions"][0, 2] = 0.5
+    assert "other demonstrations" in run(f"train.py --resume {trained}/out --steps 20 --data demos.h5", tmp_path, code=2)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(trained, tmp_path):
+    (tmp_path / "demos.h5").symlink_to(trained / "demos.h5")
+    (tmp_path / "out/ckpt.pt.part").mkdir(parents=True)        # where it is to be written first
+    process = start(TRAIN, tmp_path)
+    err = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and err.startswith("train.py: cannot write a checkpoint in out (") and err.count("\n") == 1, err
 
 
 def test_eval(trained, tmp_path):
@@ -612,7 +654,7 @@ def test_play_shows_the_inside_and_counts_where_it_looks(trained, tmp_path):
     run(f"play.py --ckpt {trained}/out/ckpt.pt --seed 1 --size 128 --pipeline --out a.png", tmp_path)
     with Image.open(tmp_path / "a.png") as figure:
         assert figure.width > 1000 and np.std(np.asarray(figure)) > 20
-    found = re.findall(r"pointer to the (\w+) +(\d+)/(\d+)", run(f"play.py --ckpt {trained}/out/ckpt.pt --attention --episodes 1", tmp_path))
+    found = re.findall(r"pointer to the (\w+) +(\d+)/(\d+)", run(f"play.py --ckpt {trained}/out/ckpt.pt --attention --episodes 1 --tasks stack", tmp_path))
     assert [name for name, *_ in found[:2]] == ["thing", "place"] and all(0 <= int(k) <= int(n) <= 200 for _, k, n in found)
 
 
@@ -678,11 +720,13 @@ def hostile(trained):
     torch.save(saved, trained / "other.pt")
     saved["config"].update(width=128, words=[word[::-1] for word in saved["config"]["words"]])
     torch.save(saved, trained / "foreign.pt")
+    (trained / "torn").mkdir()
+    (trained / "torn/resume.pt").write_bytes((trained / "out/resume.pt").read_bytes()[:-5000])
     BC(Config(model="bc", state="full", cameras=(), chunk=1, execute=1)).save(trained / "bc.pt")
     return trained
 
 
-@pytest.mark.parametrize("command, fragment", [
+BAD = [
     ("gen_data.py --episodes 0 --out new.h5", "--episodes"),
     ("gen_data.py --workers -2 --out new.h5", "--workers"),
     ("gen_data.py --tasks juggle --out new.h5", "'juggle'"),
@@ -711,7 +755,8 @@ def hostile(trained):
     ("train.py --data foreign.h5 --out_dir new", "foreign.h5"),
     ("train.py --data demos.h5 --out_dir text/new", "cannot write"),
     ("train.py --data demos.h5 --out_dir out", "--overwrite"),
-    ("train.py --data demos.h5 --out_dir new --resume", "nothing to resume"),
+    ("train.py --data demos.h5 --resume new", "nothing to resume"),
+    ("train.py --data demos.h5 --resume torn", "cannot be resumed from"),
     ("train.py --data demos.h5 --out_dir out --resume --model bc", "another configuration"),
     ("gen_data.py --randomize 3 --out new.h5", "--randomize must be from 0 to 1"),
     ("gen_data.py --randomize 1 --randomize_only gravity --out new.h5", "'light'"),
@@ -753,14 +798,25 @@ def hostile(trained):
     ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'lift the orange block to the {pad} target'", "not clear"),
     ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'put the {absent} block on the {pad} target'", "no {absent} block"),
     ("play.py --ckpt out/ckpt.pt --out a.gif --instruction 'teleport the {block} block to the {pad} target'", "'teleport'"),
-])
-def test_bad_input_is_one_sentence(command, fragment, hostile):
+]
+
+
+@pytest.fixture(scope="session")
+def complaints(hostile):
+    """What each of the commands of BAD says on stderr, two at a time, and the colours of scene 0 that are in some of them."""
     env = Env(cameras=())
     env.reset(0)
     colors = dict(block=env.block_colors[0], pad=env.pad_colors[0], absent=next(c for c in COLORS if c not in env.block_colors))
     files = lambda: {p: p.stat().st_mtime_ns for p in hostile.rglob("*") if p.is_file()}
     before = files()
-    err = run(command.format(**colors), hostile, code=2)
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith(command.split()[0] + ": ") and fragment.format(**colors) in lines[0], err
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda row: run(row[0].format(**colors), hostile, code=2), BAD))
     assert files() == before                                   # nothing overwritten, lost or left behind
+    return dict(zip(BAD, said)), colors
+
+
+@pytest.mark.parametrize("row", BAD, ids=lambda row: row[0])
+def test_bad_input_is_one_sentence(row, complaints):
+    said, colors = complaints[0][row], complaints[1]
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith(row[0].split()[0] + ": ") and row[1].format(**colors) in lines[0], said

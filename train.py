@@ -5,11 +5,13 @@
     python train.py --recipe classic --out_dir out_c   # the tutorial setting, see --help
     python train.py --bench                            # samples/s beside a plain nn.TransformerEncoder build
 
-Leaves ckpt.pt, log.jsonl and curve.png in --out_dir. Ctrl-C saves; --resume carries on.
+Leaves ckpt.pt, log.jsonl and curve.png in --out_dir. Ctrl-C saves; python train.py --resume out carries on.
 """
 import argparse
 import dataclasses
+import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import BC, EMBEDDINGS, FUSIONS, HEADS, STATES, VLA, Config, split, tokenize
+from model import BC, EMBEDDINGS, FUSIONS, HEADS, STATE_SIZES, STATES, VLA, Config, split, tokenize, write
 
 
 def fail(message):
@@ -82,7 +84,8 @@ add("--data", type=Path, default=None, help="demonstrations, made if missing (de
 add("--episodes", type=int, default=None, help="how many to make if missing (default 3000; for all tasks 8000)")
 add("--use_episodes", type=int, default=None, help="learn from that many of the file's (default all)")
 add("--out_dir", type=Path, default=Path("out"), help="where results go (default out)")
-add("--resume", action="store_true", help="carry on from what is in --out_dir")
+add("--resume", nargs="?", const="", default=None, metavar="DIR", help="carry on from what is in DIR (default --out_dir), with the settings "
+    "it was started with where nothing else is said")
 add("--overwrite", action="store_true", help="replace what is in --out_dir")
 add("--seed", type=int, default=0, help="of weights and batches (default 0)")
 add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto: cuda, else mps, else cpu")
@@ -96,7 +99,17 @@ add("--log_interval", type=int, default=100, help="steps between lines of the lo
 add("--bench", action="store_true", help="only time training steps against the plain build, on made-up data")
 args = parser.parse_args()
 parser.set_defaults(**RECIPES[args.recipe])
-args = parser.parse_args()                                     # what is said goes before what the recipe sets
+if args.resume is not None:
+    resume_path = Path(args.resume or args.out_dir) / "resume.pt"
+    if not resume_path.exists():
+        fail(f"there is nothing to resume: {resume_path} is missing")
+    try:
+        saved = torch.load(resume_path, map_location="cpu", weights_only=True)
+        parser.set_defaults(**saved["settings"], out_dir=resume_path.parent)
+    except Exception as error:                                 # whatever a damaged file may cause
+        fail(f"{resume_path} cannot be resumed from ({' '.join(str(error).split())[:200] or type(error).__name__}); if there is a "
+             "previous_resume.pt beside it, give that its name")
+args = parser.parse_args()                                     # what is said goes before what a recipe or an earlier run has set
 
 
 args.data = args.data or Path("data") / ("demos.h5" if args.tasks in (None, "pick_place") else f"{args.tasks.replace(',', '_')}.h5")
@@ -117,7 +130,7 @@ parts = ("vision", "keep", "frames", "text", "text_encoder", "pointers", "fusion
 if args.model == "bc":
     if odd := [flag for flag in (*parts, "cameras", "execute") if getattr(args, flag) != parser.get_default(flag)]:
         fail(f"--{odd[0]} is about the vla; --model bc has only a state and one action")
-    parts, args.chunk = (), 1
+    parts, args.chunk, args.execute = (), 1, 1
 args.execute = args.execute or (args.chunk + 1) // 2
 state_kind = args.state or ("full" if args.model == "bc" else "proprio")
 chosen_cameras = [] if args.model == "bc" else None if args.cameras is None else args.cameras.split(",")
@@ -171,14 +184,17 @@ def load(path, state_keys, cameras):
         images = np.empty((sum(length), len(cameras), 64, 64, 3), np.uint8)
         for i, (group, n) in enumerate(zip(tqdm(groups, "loading", disable=not sys.stderr.isatty()), length)):
             observed, labels = group["observations"], group["grounding"]
+            numbers = {k: observed[k][:] for k in STATE_SIZES} | dict(actions=group["actions"][:])
+            for name, values in numbers.items():
+                if not np.isfinite(values).all() or name == "actions" and abs(values).max() > 1:
+                    fail(f"{path}: {name} of episode_{i} is not all finite numbers" + " in [-1, 1]" * (name == "actions"))
             for v, camera in enumerate(cameras):
                 images[at:at + n, v] = observed[f"{camera}_image"][:]
             at += n
             for name, value in dict(
-                    state=np.concatenate([np.zeros((n, 0), np.float32), *(observed[k][:] for k in state_keys)], 1),
-                    action=group["actions"][:],
-                    goal=np.concatenate([observed[k][:] for k in ("object_pos", "target_pos")], 1),
-                    start=np.full(n, at - n), key=np.full(n, group.attrs["request"]),
+                    state=np.concatenate([np.zeros((n, 0), np.float32), *(numbers[k] for k in state_keys)], 1),
+                    action=numbers["actions"], goal=np.concatenate([numbers["object_pos"], numbers["target_pos"]], 1),
+                    episode=np.full(n, i), start=np.full(n, at - n), key=np.full(n, group.attrs["request"]),
                     things=np.tile(group.attrs["things"].astype(np.int64), (n, 1)),
                     other_action=labels["other_action"][:], other_goal=labels["other_goal"][:],
                     other_key=labels["other"][:].astype(np.int64), other_things=labels["other_things"][:].astype(np.int64),
@@ -287,8 +303,12 @@ def train_step(step):
     """One optimiser step; the batch is a pure function of (seed, step)."""
     rng = np.random.default_rng([args.seed, step])
     torch.manual_seed(1_000_000 * args.seed + step)            # for the flow head's noise
-    out = losses(torch.from_numpy(rng.choice(train_frames, args.batch_size)), args.relabel, rng)
-    loss = sum(weights[name] * value for name, value in out.items())
+    frames = torch.from_numpy(rng.choice(train_frames, args.batch_size))
+    loss = sum(weights[name] * value for name, value in losses(frames, args.relabel, rng).items())
+    if (device == "cpu" or (step + 1) % args.log_interval == 0) and not torch.isfinite(loss):      # elsewhere asking costs time
+        episodes = ", ".join(str(e) for e in data["episode"][frames].unique().tolist())
+        sys.exit(f"train.py: the loss is {loss.item()} at step {step + 1}, on episodes {episodes}; {ckpt_path} is as it was. "
+                 "Lower --lr and --adam_lr, or look at these episodes")
     loss.backward()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -356,10 +376,8 @@ if args.bench:
 
 # ----------------------------------------------------------------------------- prepare
 existing = [p for p in (ckpt_path, resume_path, log_path) if p.exists()]
-if existing and not (args.resume or args.overwrite):
+if existing and args.resume is None and not args.overwrite:
     fail(f"{existing[0]} exists; --resume carries on from it, --overwrite replaces it, --out_dir goes elsewhere")
-if args.resume and not resume_path.exists():
-    fail(f"there is nothing to resume in {args.out_dir}: {resume_path} is missing")
 try:
     args.out_dir.mkdir(parents=True, exist_ok=True)
     open(args.out_dir / "log.part", "w").close()               # can we write here? nothing is replaced yet
@@ -384,6 +402,12 @@ except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
 if not len(train_frames) or not len(valid_frames):
     fail(f"{args.data} is too small: it needs episodes to train on and, from another scene, to validate on")
+data_hash = hashlib.sha256(b"".join(data[k].numpy().tobytes() for k in ("action", "state", "key", "goal"))
+                           + data["images"][::97].numpy().tobytes()).hexdigest()[:12]
+failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')
+fingerprint = dict(torch=str(torch.__version__), numpy=np.__version__, h5py=h5py.__version__, cpu=torch.backends.cpu.get_cpu_capability(),
+                   threads=torch.get_num_threads(), commit="unknown" if failed else commit, data=data_hash)
+print(", ".join(f"{k} {v}" for k, v in fingerprint.items()))
 print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)} held out, of {', '.join(known_tasks)}; made in "
       f"{made:.0f} s, loaded in {time.time() - clock - made:.0f} s", flush=True)
 
@@ -416,35 +440,38 @@ net = torch.compile(model) if args.compile else model
 optimizers = make_optimizers(model)
 weights = dict(action=1.0, goal=args.goal, ground=args.ground)
 first_step = 0
-if args.resume:
+if args.resume is not None:
     try:
-        saved = torch.load(resume_path, map_location=device, weights_only=True)
         if saved["config"] != dataclasses.asdict(config):
             fail(f"{resume_path} is of another configuration; resume with the flags it was started with")
+        if saved["fingerprint"]["data"] != data_hash:
+            fail(f"{resume_path} was trained on other demonstrations than {args.data}; give those, as --data")
         model.load_state_dict(saved["weights"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         first_step = saved["step"]
         if args.steps < first_step:
             fail(f"{resume_path} is at step {first_step} already; --steps must not be less")
-    except Exception as error:                                 # whatever a damaged file may cause
-        fail(f"{resume_path} cannot be resumed from ({' '.join(str(error).split())[:200] or type(error).__name__})")
+    except (RuntimeError, ValueError, KeyError) as error:
+        fail(f"{resume_path} cannot be resumed from ({' '.join(str(error).split())[:200]})")
 
 
 def save(step):
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    model.save(ckpt_path, step=step, settings=settings)
-    part = resume_path.with_name("resume.pt.part")
-    torch.save(dict(config=dataclasses.asdict(config), weights=model.state_dict(), step=step,
-                    optimizers=[o.state_dict() for o in optimizers]), part)
-    part.replace(resume_path)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out_dir")}
+    about = dict(step=step, settings=settings, fingerprint=fingerprint)
+    try:
+        model.save(ckpt_path, **about)
+        write(resume_path, dict(about, config=dataclasses.asdict(config), weights=model.state_dict(),
+                                optimizers=[o.state_dict() for o in optimizers]))
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"train.py: cannot write a checkpoint in {args.out_dir} ({str(error).splitlines()[0]}); the one before is as it was")
 
 
 # ----------------------------------------------------------------------------- train
 print(f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {dtype}, "
       f"{torch.get_num_threads()} threads", flush=True)
 before = []
-if args.resume and log_path.exists():
+if args.resume is not None and log_path.exists():
     for line in log_path.read_text().splitlines():
         try:
             before += [line] if json.loads(line)["step"] <= first_step else []
@@ -452,10 +479,11 @@ if args.resume and log_path.exists():
             pass                                               # cut off when the run was killed
 log = open(log_path, "w")                                      # only now: no bad flag or file has cost anything
 log.writelines(line + "\n" for line in before)
-if not args.resume:
+if args.resume is None:
     resume_path.unlink(missing_ok=True)
-stopped = []                                                   # Ctrl-C is heeded between steps
-signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+stopped = []                                                   # Ctrl-C is heeded between steps; a second one at once
+for kind in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(kind, lambda *_: os._exit(130) if stopped else stopped.append(True))
 held_out = torch.from_numpy(np.random.default_rng(0).choice(valid_frames, min(512, len(valid_frames)), replace=False))
 began, measured = time.time(), first_step
 bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
@@ -481,7 +509,7 @@ for step in range(first_step, args.steps):
         save(done)
     if stopped and done < args.steps:
         save(done)
-        print(f"stopped after {done} steps; the same command with --resume carries on", file=sys.stderr)
+        print(f"stopped after {done} steps; python train.py --resume {args.out_dir} carries on", file=sys.stderr)
         sys.exit(130)
 bar.close()
 save(args.steps)
