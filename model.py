@@ -362,7 +362,7 @@ FUSIONS = dict(transformer=Transformer, attention=Attention, concat=Concat, mult
 
 # ----------------------------------------------------------------------------- action heads
 class Continuous(nn.Module):
-    """Regression: features (R, size) to actions (R, K, A) in [-1, 1]; error() is (R, K), of each action on its own."""
+    """Regression: features (R, size) to actions (R, K, A) in [-1, 1]; error() is (R, K, A), of each number on its own."""
 
     def __init__(self, config, size):
         super().__init__()
@@ -374,7 +374,7 @@ class Continuous(nn.Module):
 
     def error(self, x, wanted):
         difference = self(x).float() - wanted
-        return (difference.square() if self.squared else difference.abs()).mean(-1)
+        return difference.square() if self.squared else difference.abs()
 
 
 class Tokens(nn.Module):
@@ -394,7 +394,7 @@ class Tokens(nn.Module):
 
     def error(self, x, wanted):
         token = ((wanted + 1) * (self.bins / 2)).long().clamp(0, self.bins - 1)
-        return F.cross_entropy(self.logits(x).float().movedim(-1, 1), token, reduction="none").mean(-1)
+        return F.cross_entropy(self.logits(x).float().movedim(-1, 1), token, reduction="none")
 
 
 class Flow(nn.Module):
@@ -424,7 +424,7 @@ class Flow(nn.Module):
     def error(self, x, wanted):
         noise, time = torch.randn_like(wanted), torch.rand(len(wanted), 1, device=wanted.device)
         between = noise.lerp(wanted, time[..., None])
-        return (self.velocity(x, between, time).float() - (wanted - noise)).square().mean(-1)
+        return (self.velocity(x, between, time).float() - (wanted - noise)).square()
 
 
 HEADS = dict(continuous=Continuous, tokens=Tokens, flow=Flow)
@@ -575,7 +575,7 @@ class VLA(Policy):
     def forward(self, images, state, text, frame=slice(None), sentence=slice(None), names=None, wanted=None):
         """images (B, V, H, W, 3) uint8, state (B, S), text (U, L): each picture and each sentence is encoded once.
         Row i of the answer pairs picture frame[i] with sentence[i]; by default picture i with sentence i. Returns actions
-        (R, K, A), or with `wanted` (R, K, A) the head's error (R, K); goals (R, 6) and log-attention (R, M, P), as in fuse,
+        (R, K, A), or with `wanted` (R, K, A) the head's error (R, K, A); goals (R, 6) and log-attention (R, M, P), as in fuse,
         on the patches of all views in turn."""
         patches, kept = self.vision(images)
         words, queries = self.read(text, names)

@@ -1,4 +1,4 @@
-"""The tests: the real scripts at toy size, and what the parts promise. About 2 minutes on 2 cores, no GL, no display.
+"""The tests: the real scripts at toy size, and what the parts promise. About 4 minutes on 2 cores, no GL, no display.
 
     python -m pytest -q test_smoke.py
 """
@@ -411,7 +411,7 @@ def test_every_choice_builds_learns_saves_and_acts(choice, batch, tmp_path):
         optimizer.zero_grad()
         wanted = actions[0][:, None].repeat(1, config.chunk, 1)
         error, goal, attention = model(images, state, text, wanted=wanted)
-        assert error.shape == (4, config.chunk) and attention.shape[0] == 4
+        assert error.shape == (4, config.chunk, 4) and attention.shape[0] == 4
         (error.mean() + goal.square().mean() - attention.mean()).backward()
         optimizer.step()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -735,6 +735,7 @@ BAD = [
     ("gen_data.py --episodes 2 --out text/new.h5", "cannot write"),
     ("train.py --data demos.h5 --out_dir new --steps 0", "--steps"),
     ("train.py --data demos.h5 --out_dir new --batch_size -8", "--batch_size"),
+    ("train.py --data demos.h5 --out_dir new --release -1", "--release"),
     ("train.py --data demos.h5 --out_dir new --execute 9", "--execute 9"),
     ("train.py --data demos.h5 --out_dir new --vision cnn --ground 1", "--vision cnn"),
     ("train.py --data demos.h5 --out_dir new --pointers 0 --fusion concat --ground 1", "--fusion concat"),

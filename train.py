@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import BC, EMBEDDINGS, FUSIONS, HEADS, STATE_SIZES, STATES, VLA, Config, split, tokenize, write
+from model import A, BC, EMBEDDINGS, FUSIONS, HEADS, STATE_SIZES, STATES, VLA, Config, split, tokenize, write
 
 
 def fail(message):
@@ -35,7 +35,7 @@ def fail(message):
 # ----------------------------------------------------------------------------- settings
 RECIPES = dict(picovla={}, classic=dict(                       # as small VLAs are taught: no clue but the actions
     vision="vit", keep=64, cameras="front", text="char", pointers=0, chunk=1, loss="mse", ground=0.0, goal=0.0, relabel=0,
-    word_dropout=0.0, shuffle_names=0, optimizer="adamw", adam_lr=1e-4, batch_size=32, steps=2000))
+    release=1.0, word_dropout=0.0, shuffle_names=0, optimizer="adamw", adam_lr=1e-4, batch_size=32, steps=2000))
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.error, add = fail, parser.add_argument                 # one sentence, without the usage
@@ -54,6 +54,8 @@ add("--shuffle_names", type=int, default=None, choices=(0, 1), help="1: other co
     "so that only the pointers' names depend on them (default 1 with pointers)")
 add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where there are patches to look at)")
 add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
+add("--release", type=float, default=5.0, help="how many times more the gripper's error counts where closed fingers should open "
+    "(default 5)")
 add("--model", default="vla", choices=("vla", "bc"), help="vla, or bc: an MLP on the state alone (default vla)")
 add("--vision", default="vit_stem", choices=tuple(EMBEDDINGS), help="vit_stem: patches by two small convolutions; vit: by one linear "
     "map; cnn: three convolutions, one vector for each picture (default vit_stem)")
@@ -117,7 +119,7 @@ args.episodes = 8000 if args.episodes is None and args.tasks == "all" else 3000 
 for flag in ("steps", "batch_size", "episodes", "use_episodes", "eval_episodes", "log_interval", "lr", "adam_lr"):
     if getattr(args, flag) is not None and not getattr(args, flag) > 0:
         fail(f"--{flag} must be more than 0, not {getattr(args, flag)}")
-for flag in ("relabel", "ground", "goal", "seed", "eval_interval", "word_dropout"):
+for flag in ("relabel", "ground", "goal", "release", "seed", "eval_interval", "word_dropout"):
     if getattr(args, flag) is not None and not getattr(args, flag) >= 0:
         fail(f"--{flag} must not be negative, got {getattr(args, flag)}")
 if args.relabel > args.batch_size:
@@ -193,7 +195,7 @@ def load(path, state_keys, cameras):
             at += n
             for name, value in dict(
                     state=np.concatenate([np.zeros((n, 0), np.float32), *(numbers[k] for k in state_keys)], 1),
-                    action=numbers["actions"], goal=np.concatenate([numbers["object_pos"], numbers["target_pos"]], 1),
+                    action=numbers["actions"], opening=numbers["gripper"], goal=np.concatenate([numbers["object_pos"], numbers["target_pos"]], 1),
                     episode=np.full(n, i), start=np.full(n, at - n), key=np.full(n, group.attrs["request"]),
                     things=np.tile(group.attrs["things"].astype(np.int64), (n, 1)),
                     other_action=labels["other_action"][:], other_goal=labels["other_goal"][:],
@@ -218,6 +220,17 @@ def draw_text(keys, rng):
     return torch.where(dropped, 0, table.gather(1, names)).to(device), names.to(device)
 
 
+CLOSED = 0.055                                                 # m between the fingers, less than this with a block in them
+
+
+def weigh(wanted, frames):
+    """How much the errors of the actions `wanted` (B, K, A) from `frames` (B,) on count: the gripper's more where closed fingers
+    should open. Letting go takes a step, being about to takes many, and with little to tell them apart by, a policy of
+    median actions stays closed for ever."""
+    release = (data["opening"][frames] < CLOSED).to(device) & (wanted[..., -1] > 0)
+    return F.pad(release[..., None] * (args.release - 1), (A - 1, 0)) + 1
+
+
 def losses(frames, relabel, rng):
     """Loss terms on `frames` (B,) int64, of which the first `relabel` are also shown with another sentence."""
     ahead = frames[:, None] + torch.arange(config.chunk)
@@ -225,7 +238,8 @@ def losses(frames, relabel, rng):
     wanted = data["action"][ahead.clamp_max(len(data["action"]) - 1)].to(device) * inside[..., None]
     state = data["state"][frames].to(device)
     if config.model == "bc":
-        return dict(action=((net(state) - wanted).abs().mean(-1) * inside).sum() / inside.sum())
+        error = ((net(state) - wanted).abs() * weigh(wanted, frames)).mean(-1)
+        return dict(action=(error * inside).sum() / inside.sum())
     twice = torch.cat([frames, frames[:relabel]])
     keys, sentence = torch.cat([data["key"][frames], data["other_key"][frames[:relabel]]]).unique(return_inverse=True)
     (text, names), sentence = draw_text(keys.tolist(), rng), sentence.to(device)
@@ -233,9 +247,11 @@ def losses(frames, relabel, rng):
     other = F.pad(data["other_action"][frames[:relabel], None], (0, 0, 0, config.chunk - 1)).to(device)     # only their first is known
     past = [torch.maximum(frames - age, data["start"][frames]) for age in range(config.frames)]
     images = torch.cat([data["images"][moment] for moment in past], 1).to(device)                   # newest first
+    wanted = torch.cat([wanted, other])
     with autocast:
-        error, goal, attention = net(images, state, text, frame, sentence, names, torch.cat([wanted, other]))
+        error, goal, attention = net(images, state, text, frame, sentence, names, wanted)
     error, goal, attention = error.float(), goal.float(), attention.float()
+    error = (error * weigh(wanted, twice)).mean(-1)            # (R, K)
     action = (error[:len(frames)] * inside).sum() / inside.sum()
     if relabel:
         action = action + error[len(frames):, 0].mean()
