@@ -84,8 +84,8 @@ if args.seed < 0:
 
 def read_ablations(path):
     """Checkpoint paths for the lines of the file, trained if they are not there yet."""
-    if args.ckpt or args.transfer or args.controls or args.instructions:
-        fail("--ablate goes without --ckpt, --transfer, --controls and --instructions")
+    if args.ckpt or args.transfer or args.controls or args.instructions or "policy" not in policies:
+        fail("--ablate scores the policies that it trains; it goes without --ckpt, --transfer, --controls and --instructions")
     try:
         lines = [line.partition(":") for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
@@ -104,6 +104,16 @@ def read_ablations(path):
     return [Path("out/ablate") / name / "ckpt.pt" for name in flags]
 
 
+try:
+    tasks = task_list(args.tasks) if args.tasks else []
+except ValueError as error:
+    fail(f"--tasks {error}")
+if args.out and (args.out.is_dir() or args.out.suffix != ".json" or args.out.parent.exists() and not args.out.parent.is_dir()):
+    fail(f"cannot write {args.out}: --out is a file name that ends in .json, in a folder")
+if args.transfer + args.controls + bool(args.instructions) > 1:
+    fail("--transfer, --instructions and --controls are three evaluations; choose one at a time")
+if args.randomize_only and (args.transfer or not args.randomize):
+    fail("--randomize_only goes with --randomize and without --transfer, which plays every factor")
 models, paths = [], read_ablations(args.ablate) if args.ablate else args.ckpt.split(",") if args.ckpt else [None]
 if "policy" in policies:
     try:
@@ -122,15 +132,8 @@ if "policy" in policies:
             fail(error)
 if args.transfer and not (models and args.out):
     fail("--transfer needs checkpoints and --out")
-if args.transfer + args.controls + bool(args.instructions) > 1:
-    fail("--transfer, --instructions and --controls are three evaluations; choose one at a time")
-if args.randomize_only and (args.transfer or not args.randomize):
-    fail("--randomize_only goes with --randomize and without --transfer, which plays every factor")
 known = [task for task in TASKS if any(task in m.config.tasks for m in models)] or ["pick_place"]
-try:
-    tasks = task_list(args.tasks) if args.tasks else known
-except ValueError as error:
-    fail(f"--tasks {error}")
+tasks = tasks or known
 if args.split == "combo" and not (tasks := [t for t in tasks if t in HELD_OUT]):
     fail(f"--split combo: no colours are held out in these tasks, only in {', '.join(HELD_OUT)}")
 
@@ -164,8 +167,6 @@ def read_instructions(path):
 wordings = read_instructions(args.instructions) if args.instructions else []
 if args.out:
     try:
-        if args.out.is_dir() or args.out.suffix != ".json":
-            fail(f"cannot write {args.out}: --out is a file name that ends in .json")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         episode_file = open(args.out.with_suffix(".jsonl.part"), "w")
     except OSError as error:
@@ -220,13 +221,15 @@ def play(policy, control, seeds, pool, envs, bar, wording):
         elif success or truncated or info["diverged"] or original and control == "swap":
             results[i] = dict(seed=seeds[i], task=task, told=told[i], original=env.original_sentence,
                               success=bool(success and not info["diverged"]), original_success=bool(original),
-                              touched=info["touched"], block=info.get("block"), reward=env.total_reward / env.steps, steps=env.steps, violations=info["violations"], guard=info["guard"],
+                              touched=info["touched"], block=info.get("block"), reward=env.total_reward / env.steps,
+                              steps=env.steps, violations=info["violations"], guard=info["guard"],
                               force=info["force"], diverged=info["diverged"], chance=env.chance)
             bar.update()
 
     list(pool.map(begin, range(n)))
     if isinstance(policy, torch.nn.Module):
         policy.reset()
+        grey = {f"{c}_image": np.full((64, 64, 3), 127, np.uint8) for c in policy.config.cameras}
     for _ in range(2 * MAX_STEPS):
         alive = [i for i in range(n) if results[i] is None]
         if not alive:
@@ -236,8 +239,7 @@ def play(policy, control, seeds, pool, envs, bar, wording):
         elif policy == "random":
             actions = {i: envs[i].dice.uniform(-1, 1, 4) for i in alive}
         else:
-            grey = {f"{c}_image": np.full((64, 64, 3), 127, np.uint8) for c in policy.config.cameras if control == "blind"}
-            actions = policy.act([o | grey for o in observations], told)
+            actions = policy.act([o | grey for o in observations] if control == "blind" else observations, told)
         list(pool.map(step, alive, [actions[i] for i in alive]))
     return results
 
@@ -271,7 +273,8 @@ def evaluate(name, policy, control="", world=None, wording=None):
         found.append(dict(
             policy=name, control=control or "none", task=task, split=args.split, k=k, n=n, low=low, high=high,
             range="reporting" if args.seed >= TEST_SEED else "choosing", reward=mean("reward"),
-            reward_sd=float(np.std([r["reward"] for r in mine])), steps=mean("steps"), steps_sd=float(np.std([r["steps"] for r in mine])), violations=sum(r["violations"] for r in mine),
+            reward_sd=float(np.std([r["reward"] for r in mine])), steps=mean("steps"),
+            steps_sd=float(np.std([r["steps"] for r in mine])), violations=sum(r["violations"] for r in mine),
             guard={g: sum(r["guard"][g] for r in mine) for g in GUARDS}, force_p95=float(np.percentile([r["force"] for r in mine], 95)),
             force_max=max(r["force"] for r in mine), diverged=sum(r["diverged"] for r in mine),
             original=sum(r["original_success"] for r in mine),

@@ -89,6 +89,12 @@ if args.data and not (args.replay or args.out):
     fail("--data needs --out, a picture of an episode, or --replay")
 if args.episodes is not None and (args.episodes < 1 or not (args.replay or args.attention)):
     fail("--episodes counts, 1 or more, with --attention or --replay")
+if args.out and (args.replay or args.episodes):
+    fail("--replay and --episodes only count; a picture is made without them")
+if args.data and (args.attention or args.pipeline or args.expert or args.instruction or args.ckpt):
+    fail("--data shows what was recorded; --attention, --pipeline, --expert, --instruction and --ckpt are for playing")
+if args.pipeline and len(seeds) > 1:
+    fail("--pipeline draws one scene; give one --seed")
 if args.out:
     if args.out.suffix not in (".gif", ".mp4", ".png"):
         fail(f"--out must end in .gif, .mp4 or .png, got {args.out}")
@@ -399,7 +405,7 @@ def command(scene, line):
             scene.reset(int(rest[0]) if rest else scene.seed)
             scene.done = True                                  # wait for a sentence
             print(scene.contents())
-        elif word == "randomize" and rest:
+        elif word == "randomize" and rest and rest[0].replace(".", "", 1).isdigit():
             scene.env.set_randomize(float(rest[0]))
             scene.reset(scene.seed)
             scene.done = True

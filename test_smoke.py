@@ -711,6 +711,7 @@ def hostile(trained):
     (trained / "cut.h5").write_bytes(whole[:len(whole) // 2])
     (trained / "text").write_text("neither a checkpoint nor data\n")
     (trained / "empty.txt").write_text("\n")
+    (trained / "settings.txt").write_text("default: --data demos.h5 --steps 2\n")
     (trained / "slot.txt").write_text("lift\traise the {thing}\n")
     (trained / "task.txt").write_text("juggle\tjuggle the {block} block\n")
     with h5py.File(trained / "foreign.h5", "w") as file:
@@ -750,6 +751,14 @@ BAD = [
     ("train.py --data demos.h5 --out_dir new --use_episodes 900", "--use_episodes 900"),
     ("eval.py --ablate empty.txt", "NAME"),
     ("eval.py --ablate missing.txt", "cannot read missing.txt"),
+    ("eval.py --ablate settings.txt --tasks juggle", "'juggle'"),      # before anything is trained
+    ("eval.py --ablate settings.txt --out text/a.json", "cannot write"),
+    ("eval.py --ablate settings.txt --policies expert", "--ablate scores"),
+    ("play.py --ckpt out/ckpt.pt --pipeline --seed 1,2 --out a.png", "one --seed"),
+    ("play.py --data demos.h5 --replay --out a.gif", "only count"),
+    ("play.py --data demos.h5 --attention --out a.gif", "what was recorded"),
+    ("play.py --data cut.h5 --out a.gif", "cut.h5"),
+    ("gen_data.py --info cut.h5", "cut.h5 is not a data file"),
     ("eval.py --ckpt out/ckpt.pt --execute 9", "--execute 9"),
     ("train.py --data cut.h5 --out_dir new", "cut.h5"),
     ("train.py --data cut.h5 --out_dir out --overwrite", "cut.h5"),

@@ -195,7 +195,8 @@ def load(path, state_keys, cameras):
             at += n
             for name, value in dict(
                     state=np.concatenate([np.zeros((n, 0), np.float32), *(numbers[k] for k in state_keys)], 1),
-                    action=numbers["actions"], opening=numbers["gripper"], goal=np.concatenate([numbers["object_pos"], numbers["target_pos"]], 1),
+                    action=numbers["actions"], opening=numbers["gripper"],
+                    goal=np.concatenate([numbers["object_pos"], numbers["target_pos"]], 1),
                     episode=np.full(n, i), start=np.full(n, at - n), key=np.full(n, group.attrs["request"]),
                     things=np.tile(group.attrs["things"].astype(np.int64), (n, 1)),
                     other_action=labels["other_action"][:], other_goal=labels["other_goal"][:],
