@@ -157,7 +157,7 @@ if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not
     fail(f"--device {device} is not available here; leave it at auto")
 dtype = args.dtype
 if dtype == "auto":
-    matrix_units = device == "cuda" or device == "cpu" and torch.cpu._is_amx_tile_supported()
+    matrix_units = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     dtype = "bfloat16" if matrix_units else "float32"
 autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 ckpt_path, resume_path, log_path = (args.out_dir / n for n in ("ckpt.pt", "resume.pt", "log.jsonl"))
