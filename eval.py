@@ -14,6 +14,7 @@ scored on that one. A policy that looks and listens fails blind and deaf, and ob
 """
 import argparse
 import json
+import os
 import re
 import shlex
 import signal
@@ -83,7 +84,7 @@ if args.seed < 0:
 
 
 def read_ablations(path):
-    """Checkpoint paths for the lines of the file, trained if they are not there yet."""
+    """{name: checkpoint} of the lines of the file, trained if they are not there yet. Lines with the same flags share one."""
     if args.ckpt or args.transfer or args.controls or args.instructions or "policy" not in policies:
         fail("--ablate scores the policies that it trains; it goes without --ckpt, --transfer, --controls and --instructions")
     try:
@@ -94,14 +95,15 @@ def read_ablations(path):
     common = flags.pop("all", [])
     if len(lines) - (common != []) != len(flags) or not flags or any(re.search(r"[^\w. +-]", name) for name in flags):
         fail(f"{path} should have lines NAME: FLAGS OF train.py, each with a name of its own in letters, digits and spaces")
+    found = {}
     for name, own in flags.items():
-        folder = Path("out/ablate") / name
-        if not (folder / "ckpt.pt").exists():
+        found[name] = path = Path("out/ablate") / next(n for n in flags if flags[n] == own) / "ckpt.pt"
+        if not path.exists():
             print(f"{name}: {shlex.join(common + own)}", flush=True)
             command = [sys.executable, str(Path(__file__).parent / "train.py"), *common, *own, "--eval_interval", "0"]
-            if code := subprocess.run([*command, "--out_dir", str(folder)]).returncode:
+            if code := subprocess.run([*command, "--out_dir", str(path.parent)]).returncode:
                 sys.exit(code)
-    return [Path("out/ablate") / name / "ckpt.pt" for name in flags]
+    return found
 
 
 try:
@@ -114,7 +116,8 @@ if args.transfer + args.controls + bool(args.instructions) > 1:
     fail("--transfer, --instructions and --controls are three evaluations; choose one at a time")
 if args.randomize_only and (args.transfer or not args.randomize):
     fail("--randomize_only goes with --randomize and without --transfer, which plays every factor")
-models, paths = [], read_ablations(args.ablate) if args.ablate else args.ckpt.split(",") if args.ckpt else [None]
+ablations = read_ablations(args.ablate) if args.ablate else {}
+models, paths = [], list(dict.fromkeys(ablations.values())) or (args.ckpt.split(",") if args.ckpt else [None])
 if "policy" in policies:
     try:
         models = [VLA.load(path) for path in paths]
@@ -256,7 +259,7 @@ def evaluate(name, policy, control="", world=None, wording=None):
     world = world or (dict(randomize=args.randomize, randomize_only=args.randomize_only) if args.randomize else {})
     seeds = list(range(args.seed, args.seed + args.episodes))
     start, results = time.time(), []
-    with ThreadPoolExecutor() as pool:                         # MuJoCo lets go of the interpreter lock
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:        # MuJoCo lets go of the interpreter lock, but more wait for it
         envs = make_envs(pool, policy, world)
         with tqdm(total=len(seeds), desc=f"{name} {control}".strip(), unit="episode", disable=not sys.stderr.isatty()) as bar:
             for i in range(0, len(seeds), args.width):
@@ -299,6 +302,9 @@ def percent(row):
 
 
 # ----------------------------------------------------------------------------- the table
+fingerprint = dict(torch=str(torch.__version__), mujoco=mujoco.__version__, numpy=np.__version__, cpu=torch.backends.cpu.get_cpu_capability(),
+                   threads=torch.get_num_threads(), seed=args.seed)
+print(", ".join(f"{k} {v}" for k, v in fingerprint.items()))
 rows, headline = [], {}                                        # of each checkpoint, the row for all tasks
 try:
     if not args.transfer and not wordings:
@@ -355,8 +361,6 @@ if args.transfer:
     figure.savefig(args.out.with_suffix(".png"), dpi=110)
 
 # ----------------------------------------------------------------------------- other measurements
-fingerprint = dict(torch=torch.__version__, mujoco=mujoco.__version__, numpy=np.__version__, seed=args.seed,
-                   threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 if args.sensitivity:
     for model in [m for m in models if m.config.model == "vla"]:
         torch.manual_seed(0)
@@ -391,13 +395,34 @@ if args.latency or args.ablate:
             f"{k} {p50:.2f} and {p95:.2f} ms" for k, (p50, p95) in latency.items()))
 if args.ablate:
     print("| settings | success | parameters | samples/s | p50 of a fresh look |\n| --- | --- | --- | --- | --- |")
-    for model, path in zip(models, paths):
+    curves = {}                                                # of lines named WORD NUMBER: {word: {number: row}}
+    for name, path in ablations.items():
         log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines()]
+        model = models[paths.index(path)]
         row = headline[model]
-        row.update(name=path.parent.name, parameters=sum(p.numel() for p in model.parameters()),
+        row.update(parameters=sum(p.numel() for p in model.parameters()),
                    samples_per_s=float(np.median([line["samples_per_s"] for line in log])))
-        print(f"| {row['name']} | {percent(row)} | {row['parameters']:,} | {row['samples_per_s']:.0f} | "
+        row["name"] = ", ".join(n for n, p in ablations.items() if p == path)
+        print(f"| {name} | {percent(row)} | {row['parameters']:,} | {row['samples_per_s']:.0f} | "
               f"{row['latency_ms']['fresh look'][0]:.1f} ms |")
+        word, _, number = name.rpartition(" ")
+        if number.isdigit():
+            curves.setdefault(word, {})[int(number)] = row
+    curves = {word: dict(sorted(curve.items())) for word, curve in curves.items() if len(curve) > 1}
+    if args.out and curves:
+        import matplotlib
+        matplotlib.use("Agg")                                  # draws without a display
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.2), layout="constrained", squeeze=False, sharey=True)
+        for axis, (word, curve) in zip(axes[0], curves.items()):
+            k, low, high = (100 * np.array(v) for v in zip(*((r["k"] / r["n"], r["low"], r["high"]) for r in curve.values())))
+            axis.errorbar(list(curve), k, np.maximum([k - low, high - k], 0), fmt="o-", capsize=3)
+            axis.set_xscale("log"), axis.minorticks_off(), axis.grid(alpha=0.3)
+            sizes = len({r["parameters"] for r in curve.values()}) > 1
+            axis.set_xticks(list(curve), [f"{n:,}" + f"\n{r['parameters'] / 1e6:.1f}M" * sizes for n, r in curve.items()])
+            axis.set_xlabel(word + ", parameters" * sizes)
+        axes[0, 0].set_ylabel(f"success in %, {args.episodes} scenes"), axes[0, 0].set_ylim(-3, 103)
+        figure.savefig(args.out.with_suffix(".png"), dpi=110)
 if args.out:
     episode_file.close()
     Path(episode_file.name).replace(args.out.with_suffix(".jsonl"))

@@ -17,6 +17,7 @@ import json
 import multiprocessing as mp
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1053,6 +1054,7 @@ def seen_at(env, camera):
 # ----------------------------------------------------------------------------- the data file
 SCHEMA = "picovla-2"
 CHUNK = 8                              # frames per compressed chunk of a camera's pictures
+SPARE = 20_000_000                     # bytes left free on the disk, so that the file can be closed in order
 
 
 def start_worker(kwargs, noise):
@@ -1119,15 +1121,16 @@ def write_episode(file, index, attrs, arrays):
     group.attrs.update(attrs)
 
 
-def fail(message):
+def fail(message, status=2):
     print(f"gen_data.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
-def generate(out, episodes, seed, kwargs, noise, workers):
-    """Writes `episodes` demonstrations to `out`; returns nothing. A killed run is carried on by the next."""
+def generate(out, episodes, seed, shard, kwargs, noise, workers):
+    """Writes `episodes` demonstrations to `out`, of scenes of the part `shard` (i, n) of the seed's; returns nothing. A killed
+    run is carried on by the next."""
     part = out.with_name(out.name + ".part")
-    settings, tasks = json.dumps(dict(kwargs, seed=seed, noise=noise, schema=SCHEMA), sort_keys=True), kwargs["tasks"]
+    settings, tasks = json.dumps(dict(kwargs, seed=seed, shard=shard, noise=noise, schema=SCHEMA), sort_keys=True), kwargs["tasks"]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = h5py.File(part, "a")
@@ -1150,11 +1153,12 @@ def generate(out, episodes, seed, kwargs, noise, workers):
     if written:
         print(f"carrying on from {written} episodes in {part}")
     start, begun, frames = time.time(), written, 0
-    base = DEMO_SEED + 100_000 * seed
+    scenes = range(DEMO_SEED + 100_000 * seed, DEMO_SEED + 100_000 * (seed + 1))
+    scenes = scenes[len(scenes) * (shard[0] - 1) // shard[1]:len(scenes) * shard[0] // shard[1]]
 
     def seeds_done(pool):
         """Scenes in order, a few in flight per worker: the file's content does not depend on their number."""
-        todo = iter(range(base + scene, base + 100_000))
+        todo = iter(scenes[scene:])
         if pool is None:
             start_worker(kwargs, noise)
             yield from map(play_scene, todo)
@@ -1182,42 +1186,56 @@ def generate(out, episodes, seed, kwargs, noise, workers):
             dropped = {k: dropped.get(k, 0) + lost.get(k, 0) for k in {**dropped, **lost}}
             file.attrs.update(total=written, scenes_done=scene, dropped=json.dumps(dropped, sort_keys=True))
             file.flush()
+            if shutil.disk_usage(part.parent).free < SPARE:
+                file.close()
+                fail(f"stopped with {written} episodes in {part}: the disk is full but for {SPARE / 1e6:.0f} MB; make room, and the same "
+                     "command carries on from there", 1)
             if written == episodes or stopped:
                 break
-    except (OSError, BrokenProcessPool) as error:
-        fail(f"stopped with {written} episodes in {part} ({error}); the same command carries on from there")
+    except BrokenProcessPool as error:
+        fail(f"stopped with {written} episodes in {part} ({error}); the same command carries on from there", 1)
+    except (OSError, RuntimeError) as error:                   # after which HDF5 can neither go on nor end in order
+        print(f"gen_data.py: cannot write {part} any more ({str(error).splitlines()[0]}); if the same command does not carry on "
+              "from it, delete it", file=sys.stderr, flush=True)
+        os._exit(1)
     finally:
         bar.close()
         if pool:
             pool.shutdown(cancel_futures=True)
     if written < episodes:
         file.close()
+        if not stopped:
+            fail(f"shard {shard[0]}/{shard[1]} has {len(scenes)} scenes, enough for the {written} episodes in {part}; ask for fewer shards "
+                 "or episodes")
         print(f"stopped with {written} episodes in {part}; the same command carries on from there", file=sys.stderr)
         sys.exit(130)
     seconds = max(time.time() - start, 1e-9)
-    scenes = {i: int(file[f"episode_{i}"].attrs["scene_seed"]) for i in range(written)}
+    drawn = {i: int(file[f"episode_{i}"].attrs["scene_seed"]) for i in range(written)}
     for name, chosen in (("train", lambda s: s % 20), ("valid", lambda s: not s % 20)):
         if f"mask/{name}" in file:
             del file[f"mask/{name}"]
-        file[f"mask/{name}"] = np.array([f"demo_{i}" for i, s in scenes.items() if chosen(s)], "S16")
+        file[f"mask/{name}"] = np.array([f"demo_{i}" for i, s in drawn.items() if chosen(s)], "S16")
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')
+    commit, versions = "unknown" if failed else commit, f"mujoco {mujoco.__version__}, numpy {np.__version__}, h5py {h5py.__version__}"
     finished = sum(bool(file[f"episode_{i}"].attrs["success"]) for i in range(written))
     env_args = json.dumps(dict(env_name="picovla", type=0, env_kwargs=kwargs), sort_keys=True)
     file["data"].attrs.update(total=written, env_args=env_args)
     file.attrs.update(schema=SCHEMA, seed=seed, tasks=",".join(tasks), all_tasks=",".join(TASKS), control_hz=CONTROL_HZ,
                       env_args=env_args, requests=json.dumps([dict(task=task, slots=slots, sentences=[fill(p, slots) for p in patterns(task)])
                                            for task, slots in all_requests(tasks)]),
-                      versions=f"mujoco {mujoco.__version__}, numpy {np.__version__}, h5py {h5py.__version__}",
-                      git_commit="unknown" if failed else commit)
+                      versions=versions, git_commit=commit)
     file.attrs["complete"] = True
     file.close()
-    os.replace(part, out)
+    try:
+        os.replace(part, out)
+    except OSError as error:
+        fail(f"cannot name {part} {out} ({error.strerror})", 1)
     lost = sum(dropped.values())
     print(f"{out}: {written} episodes from {scene} scenes, {out.stat().st_size / 1e6:.0f} MB; dropped {lost} "
           f"({', '.join(f'{v} {k}' for k, v in dropped.items()) or 'none'}); of the sentences that were not interrupted the "
           f"expert, under noise, did {finished}/{finished + lost} = {100 * finished / max(finished + lost, 1):.1f}%")
     print(f"this run: {written - begun} episodes, {frames} frames in {seconds:.0f} s: {frames / seconds:.0f} frames/s, "
-          f"{(written - begun) / seconds:.1f} episodes/s, {workers} workers")
+          f"{(written - begun) / seconds:.1f} episodes/s, {workers} workers; {versions}, commit {commit}")
 
 
 def info(path):
@@ -1305,6 +1323,8 @@ if __name__ == "__main__":
     parser.add_argument("--episodes", type=int, default=2000, help="demonstrations to write (default 2000)")
     parser.add_argument("--out", type=Path, default=Path("data/demos.h5"), help="file to write (default data/demos.h5)")
     parser.add_argument("--seed", type=int, default=0, help="which 100,000 demonstration scenes to draw from (default 0)")
+    parser.add_argument("--shard", default="1/1", help="I/N: draw from the I-th of N parts of them, so that N runs, each with an --out of its "
+                        "own, make one set; train.py --data 'shards/*.h5' reads it (default 1/1)")
     parser.add_argument("--tasks", default="pick_place", help=f"all, or a comma list of {', '.join(TASKS)} (default pick_place)")
     parser.add_argument("--cameras", default="front,wrist", help=f"comma list of {', '.join(CAMERAS)} (default front,wrist)")
     parser.add_argument("--randomize", type=float, default=0.0, help="0 to 1: how much the world differs from scene to scene (default 0)")
@@ -1328,6 +1348,9 @@ if __name__ == "__main__":
                                    ("--seed", args.seed, 0, 9999), ("--randomize", args.randomize, 0, 1), ("--noise", args.noise, 0, 1)):
         if not low <= value <= high:
             fail(f"{flag} must be from {low} to {high}, not {value}")
+    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    if not shard or not 1 <= int(shard[1]) <= int(shard[2]) <= 1000:
+        fail(f"--shard must be I/N, the I-th of up to 1000, such as 3/16, not {args.shard!r}")
     if args.out.exists():
         fail(f"{args.out} exists; delete it or choose another --out")
     if args.randomize_only and not args.randomize:
@@ -1335,4 +1358,4 @@ if __name__ == "__main__":
     world = dict(tasks=tasks, cameras=cameras)
     if args.randomize:
         world.update(randomize=args.randomize, randomize_only=args.randomize_only)
-    generate(args.out, args.episodes, args.seed, world, args.noise, args.workers)
+    generate(args.out, args.episodes, args.seed, [int(i) for i in shard.groups()], world, args.noise, args.workers)

@@ -231,7 +231,7 @@ class Vision(nn.Module):
         x = self.embed(x).unflatten(0, images.shape[:2])                                    # (B, V, C, side, side)
         views, scores = [], []
         for i, coarse in enumerate(self.coarse):
-            y, score = (self.merge(x[:, i]), F.max_pool2d(odd[:, i], 2)) if coarse else (x[:, i], odd[:, i])
+            y, score = (self.merge(x[:, i]), F.max_pool2d(odd[:, i:i + 1], 2)) if coarse else (x[:, i], odd[:, i])
             grid = getattr(self, f"grid{self.sides[i]}") if self.blocks else 0
             views.append(y.flatten(2).transpose(1, 2) + grid + self.view[i])
             scores.append(score.flatten(1))

@@ -1,6 +1,7 @@
 """The tests: the real scripts at toy size, and what the parts promise. About 4 minutes on 2 cores, no GL, no display.
 
     python -m pytest -q test_smoke.py
+    python -m pytest -q test_smoke.py -m slow                  # those that take minutes
 """
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +37,15 @@ TRAIN = ("train.py --data demos.h5 --device cpu --steps 12 --batch_size 8 --rela
          "--eval_episodes 2")
 STATE = dict(joint_pos=7, ee_pos=3, ee_vel=3, gripper=1, object_pos=3, target_pos=3)
 OBSERVATION = {k: ((n,), "float32") for k, n in STATE.items()} | {f"{c}_image": ((64, 64, 3), "uint8") for c in ("front", "wrist")}
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")                            # there is no file to register the mark in
+    slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def skip_slow(request):
+    if request.node.get_closest_marker("slow") and request.config.getoption("-m") != "slow":
+        pytest.skip("takes long; -m slow runs it")
 
 
 def start(command, folder, **kwargs):
@@ -575,6 +586,70 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence(trained, tmp_path):
     assert process.returncode == 1 and err.startswith("train.py: cannot write a checkpoint in out (") and err.count("\n") == 1, err
 
 
+@pytest.mark.parametrize("command, room", [("gen_data.py --episodes 40 --workers 1 --out new.h5", 300_000), (TRAIN, 3_000_000)])
+def test_a_full_disk_is_one_sentence_and_spoils_nothing(command, room, trained, tmp_path):
+    """No file may grow beyond `room` bytes, which is what a full disk looks like from inside."""
+    resource = pytest.importorskip("resource")
+    (tmp_path / "demos.h5").symlink_to(trained / "demos.h5")
+    full = start(command, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    err = full.communicate(timeout=100)[1]
+    assert full.returncode == 1 and err.splitlines()[-1].startswith(command.split()[0] + ": cannot write"), err      # HDF5 complains first
+    assert not (tmp_path / "new.h5").exists() and not (tmp_path / "out/ckpt.pt").exists()
+
+
+def test_data_larger_than_memory_is_refused_before_loading(trained):
+    code = ("import pathlib, runpy, sys; read = pathlib.Path.read_text; sys.argv[1:] = '--data demos.h5 --out_dir new'.split(); "
+            "pathlib.Path.read_text = lambda p, *a, **k: 'MemAvailable: 900 kB' if p.name == 'meminfo' else read(p, *a, **k); "
+            f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'train.py')!r})")
+    done = subprocess.run([sys.executable, "-c", code], cwd=trained, text=True, capture_output=True, timeout=100)
+    assert done.returncode == 2 and re.fullmatch("train.py: demos.h5 needs 0.0 GB of memory and 0.0 GB are free; .*\n", done.stderr), done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_sentence(trained, tmp_path):
+    """One byte of it is another: it is refused, or it loads, but it never does anything else."""
+    whole, dice, refused = (trained / "out/ckpt.pt").read_bytes(), np.random.default_rng(0), 0
+    for at in [*dice.integers(0, len(whole), 20), *dice.integers(0, 3000, 20), *dice.integers(len(whole) - 3000, len(whole), 20)]:
+        (tmp_path / "ckpt.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 1 << int(dice.integers(8))]) + whole[at + 1:])
+        try:
+            VLA.load(tmp_path / "ckpt.pt")
+        except ValueError as error:
+            assert "is not a checkpoint of this model" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 5
+
+
+@slow
+def test_damaged_data_is_one_sentence(trained, tmp_path):
+    whole, dice = (trained / "demos.h5").read_bytes(), np.random.default_rng(0)
+    for at in [*dice.integers(0, len(whole), 10), *dice.integers(0, 5000, 15), *dice.integers(len(whole) - 5000, len(whole), 15)]:
+        (tmp_path / "demos.h5").write_bytes(whole[:at] + bytes([whole[at] ^ 1 << int(dice.integers(8))]) + whole[at + 1:])
+        process = start(f"{TRAIN} --steps 1 --eval_interval 0 --out_dir {at}", tmp_path)
+        err = process.communicate(timeout=100)[1]
+        assert process.returncode == 0 or process.returncode == 2 and err.count("\n") == 1, (at, err)
+
+
+@slow
+def test_several_processes_and_files_train_as_one(tmp_path):
+    """Two processes, each with the pictures of half of the episodes of two files, do what one does with all."""
+    for i in (1, 2):
+        run(f"gen_data.py --tasks all --episodes 12 --shard {i}/2 --out shards/{i}.h5", tmp_path)
+    seeds = []
+    for i in (1, 2):
+        with h5py.File(tmp_path / f"shards/{i}.h5") as file:
+            seeds += [int(file[f"episode_{n}"].attrs["scene_seed"]) for n in range(12)]
+    assert len({*seeds[:12]} & {*seeds[12:]}) == 0 and min(seeds) == DEMO_SEED and max(seeds) < DEMO_SEED + 100_000
+    command = TRAIN.replace("demos.h5", "'shards/*.h5'") + " --eval_interval 0 --dtype float32 --out_dir "
+    run(command + "one", tmp_path)
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *shlex.split(f"{ROOT}/{command} two")]
+    done = subprocess.run(two, cwd=tmp_path, text=True, capture_output=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    assert list(one) == list(two) == list(range(1, 13))
+    for step in one:
+        assert one[step] == pytest.approx(two[step], rel=2e-3), step
+    assert done.stdout.count("validation") == 12               # one of them speaks
+
+
 def test_eval(trained, tmp_path):
     for out, flags in (("all.json", "--policies expert,random,policy --controls"), ("again.json", "")):
         run(f"eval.py --ckpt {trained}/out/ckpt.pt --episodes 3 --out {out} {flags}", tmp_path)
@@ -624,7 +699,8 @@ def test_ablations_train_and_score_each_line_once(trained, tmp_path):
     (tmp_path / "demos.h5").symlink_to(trained / "demos.h5")
     (tmp_path / "a.txt").write_text("all: --data demos.h5 --steps 2 --batch_size 8 --relabel 4 --log_interval 1 --state none\n"
                                     "words by lstm: --text_encoder lstm --frames 2\nflow: --head flow --chunk 4 --use_episodes 12\n"
-                                    "classic: --recipe classic --steps 3\n")
+                                    "classic: --recipe classic --steps 3\nsteps 2: --head flow --chunk 4 --use_episodes 12\n"
+                                    "steps 3: --recipe classic --steps 3\n")
     command = "eval.py --ablate a.txt --episodes 2 --tasks lift --out a.json"
     run(command, tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/ablate/*/*")}
@@ -632,7 +708,9 @@ def test_ablations_train_and_score_each_line_once(trained, tmp_path):
     table = run(command, tmp_path)
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/ablate/*/*")}      # not trained again
     rows = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
-    assert list(rows) == ["words by lstm", "flow", "classic"] and all(f"| {name} | 0/2 = " in table for name in rows)
+    assert list(rows) == ["words by lstm", "flow, steps 2", "classic, steps 3"] and not (tmp_path / "out/ablate/steps 2").exists()
+    assert all(f"| {name} | 0/2 = " in table for name in ("words by lstm", "flow", "classic", "steps 2", "steps 3"))
+    assert Image.open(tmp_path / "a.png").width > 400          # a curve of the lines steps 2 and steps 3
     assert all(row["n"] == 2 and row["parameters"] > 1e6 and row["samples_per_s"] > 0 and row["latency_ms"] for row in rows.values())
     classic = VLA.load(tmp_path / "out/ablate/classic/ckpt.pt")
     assert (classic.step, classic.config.vision, classic.config.chunk, classic.config.pointers) == (3, "vit", 1, 0)
@@ -729,6 +807,8 @@ def hostile(trained):
 
 BAD = [
     ("gen_data.py --episodes 0 --out new.h5", "--episodes"),
+    ("gen_data.py --shard 3/2 --out new.h5", "--shard"),
+    ("train.py --data 'shards/*.h5' --out_dir new", "there is no shards/*.h5"),
     ("gen_data.py --workers -2 --out new.h5", "--workers"),
     ("gen_data.py --tasks juggle --out new.h5", "'juggle'"),
     ("gen_data.py --cameras front,rear --out new.h5", "'rear'"),

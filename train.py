@@ -5,13 +5,18 @@
     python train.py --recipe classic --out_dir out_c   # the tutorial setting, see --help
     python train.py --bench                            # samples/s beside a plain nn.TransformerEncoder build
 
+    torchrun --standalone --nproc_per_node=2 train.py  # the same batches, shared among two processes
+
 Leaves ckpt.pt, log.jsonl and curve.png in --out_dir. Ctrl-C saves; python train.py --resume out carries on.
 """
 import argparse
+import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,10 +26,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import A, BC, EMBEDDINGS, FUSIONS, HEADS, STATE_SIZES, STATES, VLA, Config, split, tokenize, write
+
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # which of how many processes: torchrun's
 
 
 def fail(message):
@@ -54,8 +63,8 @@ add("--shuffle_names", type=int, default=None, choices=(0, 1), help="1: other co
     "so that only the pointers' names depend on them (default 1 with pointers)")
 add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where there are patches to look at)")
 add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
-add("--release", type=float, default=5.0, help="how many times more the gripper's error counts where closed fingers should open "
-    "(default 5)")
+add("--release", type=float, default=5.0, help="how many times more the gripper's error counts where closed fingers should let go of "
+    "a thing at its place (default 5)")
 add("--model", default="vla", choices=("vla", "bc"), help="vla, or bc: an MLP on the state alone (default vla)")
 add("--vision", default="vit_stem", choices=tuple(EMBEDDINGS), help="vit_stem: patches by two small convolutions; vit: by one linear "
     "map; cnn: three convolutions, one vector for each picture (default vit_stem)")
@@ -82,7 +91,8 @@ add("--width", type=int, default=Config.width, help=f"numbers in a token (defaul
 add("--heads", type=int, default=Config.heads, help=f"attention heads (default {Config.heads})")
 add("--layers", type=int, default=Config.layers, help=f"of each of the three transformers (default {Config.layers})")
 add("--tasks", default=None, help="what to learn: all, or a comma list (default: what --data holds; pick_place if it is to be made)")
-add("--data", type=Path, default=None, help="demonstrations, made if missing (default data/demos.h5; with other --tasks data/TASKS.h5)")
+add("--data", type=Path, default=None, help="demonstrations, a file or a pattern such as 'shards/*.h5'; made if missing (default data/demos.h5; "
+    "with other --tasks data/TASKS.h5)")
 add("--episodes", type=int, default=None, help="how many to make if missing (default 3000; for all tasks 8000)")
 add("--use_episodes", type=int, default=None, help="learn from that many of the file's (default all)")
 add("--out_dir", type=Path, default=Path("out"), help="where results go (default out)")
@@ -159,53 +169,89 @@ dtype = args.dtype
 if dtype == "auto":
     matrix_units = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     dtype = "bfloat16" if matrix_units else "float32"
+if RANKS > 1:
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")         # one of them speaks and writes
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
 autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 ckpt_path, resume_path, log_path = (args.out_dir / n for n in ("ckpt.pt", "resume.pt", "log.jsonl"))
 
 
 # ----------------------------------------------------------------------------- data
-def load(path, state_keys, cameras):
-    """The whole file in memory, or of its pictures those of `cameras`. Returns cameras, tasks, tensors by name with one row
-    per frame, and the file's requests, each a dict(task, slots, sentences); `key` and `other_key` of a frame are indices into
-    that. Rows of `things` name what is to be moved and the place it is to be moved to, -1 where that is nothing one sees."""
-    rows, at = {}, 0
-    with h5py.File(path) as file:
-        recorded = json.loads(file.attrs["env_args"])["env_kwargs"]["cameras"]
-        cameras = tuple(recorded if cameras is None else cameras)
-        if missing := [c for c in cameras if c not in recorded]:
-            fail(f"--cameras {missing[0]!r} is not in {path}, which has {', '.join(recorded)}")
-        requests, tasks = json.loads(file.attrs["requests"]), tuple(file.attrs["tasks"].split(","))
-        wanted = file.attrs["all_tasks"] if args.tasks == "all" else args.tasks or ",".join(tasks)
+def load(paths, state_keys, cameras):
+    """The files in memory, or of their pictures those of `cameras`. Returns cameras, tasks, tensors by name with one row per
+    frame, and the files' requests, each a dict(task, slots, sentences); `key` and `other_key` of a frame are indices into
+    that. Rows of `things` name what is to be moved and the place it is to be moved to, -1 where that is nothing one sees.
+    Of several processes each holds the pictures of its share of the episodes; a frame's is images[picture[frame]]."""
+    rows, at, stored = {}, 0, 0
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(h5py.File(path)) for path in paths]
+        recorded, requests = ([json.loads(f.attrs["env_args"])["env_kwargs"]["cameras"] for f in files], [f.attrs["requests"] for f in files])
+        for path, *own in zip(paths, recorded, requests):
+            if own != [recorded[0], requests[0]]:
+                fail(f"{path} was made with other tasks or cameras than {paths[0]}")
+        cameras = tuple(recorded[0] if cameras is None else cameras)
+        if missing := [c for c in cameras if c not in recorded[0]]:
+            fail(f"--cameras {missing[0]!r} is not in {paths[0]}, which has {', '.join(recorded[0])}")
+        tasks = tuple(files[0].attrs["tasks"].split(","))
+        wanted = files[0].attrs["all_tasks"] if args.tasks == "all" else args.tasks or ",".join(tasks)
         if set(wanted.split(",")) != set(tasks):
-            fail(f"{path} holds {', '.join(tasks)}, not {wanted}; give another --data")
-        valid = {name.decode() for name in file["mask/valid"][:]}
-        if (args.use_episodes or 0) > file.attrs["total"]:
-            fail(f"--use_episodes {args.use_episodes} is more than the {file.attrs['total']} of {path}")
-        groups = [file[f"episode_{i}"] for i in range(args.use_episodes or file.attrs["total"])]
+            fail(f"{args.data} holds {', '.join(tasks)}, not {wanted}; give another --data")
+        groups = [f[f"episode_{i}"] for f in files for i in range(f.attrs["total"])]
+        held_out = [f"demo_{i}".encode() in names for f in files for names in [set(f["mask/valid"][:])] for i in range(f.attrs["total"])]
+        if (args.use_episodes or 0) > len(groups):
+            fail(f"--use_episodes {args.use_episodes} is more than the {len(groups)} of {args.data}")
+        groups = groups[:args.use_episodes]
         length = [int(g.attrs["num_samples"]) for g in groups]
-        images = np.empty((sum(length), len(cameras), 64, 64, 3), np.uint8)
-        for i, (group, n) in enumerate(zip(tqdm(groups, "loading", disable=not sys.stderr.isatty()), length)):
+        need, free = sum(length[RANK::RANKS]) * len(cameras) * 64 * 64 * 3 + sum(length) * 2000, free_memory()       # bytes
+        if need > free:
+            fail(f"{args.data} needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; --use_episodes "
+                 f"{int(len(groups) * free / need)} or fewer --cameras need less, and of several machines (torchrun) each holds a share")
+        images = np.empty((sum(length[RANK::RANKS]), len(cameras), 64, 64, 3), np.uint8)
+        for i, (group, n) in enumerate(zip(tqdm(groups, "loading", disable=RANK or not sys.stderr.isatty()), length)):
             observed, labels = group["observations"], group["grounding"]
             numbers = {k: observed[k][:] for k in STATE_SIZES} | dict(actions=group["actions"][:])
             for name, values in numbers.items():
                 if not np.isfinite(values).all() or name == "actions" and abs(values).max() > 1:
-                    fail(f"{path}: {name} of episode_{i} is not all finite numbers" + " in [-1, 1]" * (name == "actions"))
-            for v, camera in enumerate(cameras):
-                images[at:at + n, v] = observed[f"{camera}_image"][:]
+                    fail(f"{group.file.filename}: {name} of {group.name[1:]} is not all finite numbers" + " in [-1, 1]" * (name == "actions"))
+            for v, camera in enumerate(cameras if i % RANKS == RANK else ()):
+                images[stored:stored + n, v] = observed[f"{camera}_image"][:]
             at += n
             for name, value in dict(
                     state=np.concatenate([np.zeros((n, 0), np.float32), *(numbers[k] for k in state_keys)], 1),
                     action=numbers["actions"], opening=numbers["gripper"],
                     goal=np.concatenate([numbers["object_pos"], numbers["target_pos"]], 1),
-                    episode=np.full(n, i), start=np.full(n, at - n), key=np.full(n, group.attrs["request"]),
+                    start=np.full(n, at - n), end=np.full(n, at), episode=np.full(n, i), picture=np.arange(stored, stored + n),
+                    key=np.full(n, group.attrs["request"]), valid=np.full(n, held_out[i]),
                     things=np.tile(group.attrs["things"].astype(np.int64), (n, 1)),
                     other_action=labels["other_action"][:], other_goal=labels["other_goal"][:],
                     other_key=labels["other"][:].astype(np.int64), other_things=labels["other_things"][:].astype(np.int64),
-                    uv=np.stack([labels[f"{c}_uv"][:] for c in cameras] or [labels["things_pos"][..., :2]], 1),
-                    end=np.full(n, at), valid=np.full(n, f"demo_{i}" in valid)).items():
+                    uv=np.stack([labels[f"{c}_uv"][:] for c in cameras] or [labels["things_pos"][..., :2]], 1)).items():
                 rows.setdefault(name, []).append(value)
+            stored += n * (i % RANKS == RANK)
     data = {name: torch.from_numpy(np.concatenate(values)) for name, values in rows.items()}
-    return cameras, tasks, data | dict(images=torch.from_numpy(images)), requests
+    return cameras, tasks, data | dict(images=torch.from_numpy(images)), json.loads(requests[0])
+
+
+def free_memory():
+    """Bytes that can be had without swapping, as far as the system says so (Linux); elsewhere unlimited."""
+    try:
+        return int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return float("inf")
+
+
+def here(frames):
+    """Which of `frames` (B,) have their pictures in this process."""
+    return data["episode"][frames] % RANKS == RANK
+
+
+def together(x):
+    """The sum of all processes' tensors `x`."""
+    if RANKS > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def draw_text(keys, rng):
@@ -222,57 +268,66 @@ def draw_text(keys, rng):
 
 
 CLOSED = 0.055                                                 # m between the fingers, less than this with a block in them
+THERE = 0.03                                                   # m from its place
 
 
-def weigh(wanted, frames):
+def weigh(wanted, frames, goal):
     """How much the errors of the actions `wanted` (B, K, A) from `frames` (B,) on count: the gripper's more where closed fingers
-    should open. Letting go takes a step, being about to takes many, and with little to tell them apart by, a policy of
-    median actions stays closed for ever."""
-    release = (data["opening"][frames] < CLOSED).to(device) & (wanted[..., -1] > 0)
+    should let go of a thing that is at its place, by `goal` (B, 6), object_pos and target_pos. Letting go takes a step, being
+    about to takes many, and with little to tell them apart by, a policy of median actions stays closed for ever."""
+    there = (goal[:, :3] - goal[:, 3:]).norm(dim=1) < THERE
+    release = (there & (data["opening"][frames, 0] < CLOSED)).to(device)[:, None] & (wanted[..., -1] > 0)
     return F.pad(release[..., None] * (args.release - 1), (A - 1, 0)) + 1
 
 
 def losses(frames, relabel, rng):
-    """Loss terms on `frames` (B,) int64, of which the first `relabel` are also shown with another sentence."""
+    """Loss terms on `frames` (B,) int64, of which the first `relabel` are also shown with another sentence. Several processes
+    share the frames, and what each returns adds up to the terms."""
     ahead = frames[:, None] + torch.arange(config.chunk)
-    inside = (ahead < data["end"][frames, None]).float().to(device)        # nothing is asked beyond the episode's end
+    inside = (ahead < data["end"][frames, None]).float()       # nothing is asked beyond the episode's end
+    asked, relabelled, rows = inside.sum().item(), max(relabel, 1), len(frames) + relabel           # of all processes
+    if config.model == "vla":
+        keys, sentence = torch.cat([data["key"][frames], data["other_key"][frames[:relabel]]]).unique(return_inverse=True)
+        text, names = draw_text(keys.tolist(), rng)
+    if RANKS > 1:
+        mine = here(frames)
+        frames, ahead, inside, sentence = frames[mine], ahead[mine], inside[mine], sentence[torch.cat([mine, mine[:relabel]])]
+        relabel = int(mine[:relabel].sum())
+    inside = inside.to(device)
     wanted = data["action"][ahead.clamp_max(len(data["action"]) - 1)].to(device) * inside[..., None]
     state = data["state"][frames].to(device)
     if config.model == "bc":
-        error = ((net(state) - wanted).abs() * weigh(wanted, frames)).mean(-1)
-        return dict(action=(error * inside).sum() / inside.sum())
-    twice = torch.cat([frames, frames[:relabel]])
-    keys, sentence = torch.cat([data["key"][frames], data["other_key"][frames[:relabel]]]).unique(return_inverse=True)
-    (text, names), sentence = draw_text(keys.tolist(), rng), sentence.to(device)
+        error = ((net(state) - wanted).abs() * weigh(wanted, frames, data["goal"][frames])).mean(-1)
+        return dict(action=(error * inside).sum() / asked)
+    twice, sentence = torch.cat([frames, frames[:relabel]]), sentence.to(device)
     frame = torch.cat([torch.arange(len(frames)), torch.arange(relabel)]).to(device)
     other = F.pad(data["other_action"][frames[:relabel], None], (0, 0, 0, config.chunk - 1)).to(device)     # only their first is known
     past = [torch.maximum(frames - age, data["start"][frames]) for age in range(config.frames)]
-    images = torch.cat([data["images"][moment] for moment in past], 1).to(device)                   # newest first
+    images = torch.cat([data["images"][data["picture"][moment]] for moment in past], 1).to(device)           # newest first
     wanted = torch.cat([wanted, other])
     with autocast:
         error, goal, attention = net(images, state, text, frame, sentence, names, wanted)
     error, goal, attention = error.float(), goal.float(), attention.float()
-    error = (error * weigh(wanted, twice)).mean(-1)            # (R, K)
-    action = (error[:len(frames)] * inside).sum() / inside.sum()
-    if relabel:
-        action = action + error[len(frames):, 0].mean()
-    position = torch.cat([data["goal"][frames], data["other_goal"][frames[:relabel]]]).to(device)       # (R, 6) m
-    terms = dict(action=action, goal=F.smooth_l1_loss(goal, (position - model.goal_mean) / model.goal_std, beta=0.1))
+    position = torch.cat([data["goal"][frames], data["other_goal"][frames[:relabel]]])       # (R, 6) m
+    error = (error * weigh(wanted, twice, position)).mean(-1)  # (R, K)
+    action = (error[:len(frames)] * inside).sum() / asked + error[len(frames):, 0].sum() / relabelled
+    misplaced = F.smooth_l1_loss(goal, (position.to(device) - model.goal_mean) / model.goal_std, beta=0.1, reduction="sum")
+    terms = dict(action=action, goal=misplaced / (6 * rows))
     if not groundable:
         return terms
     # the pointers, and after them two heads of the CLS token, are to look at the patches that hold the thing and its place
     things = torch.cat([data["things"][frames], data["other_things"][frames[:relabel]]]).repeat(1, attention.shape[1] // 2)
-    rows = torch.arange(len(twice))[:, None]
+    row = torch.arange(len(twice))[:, None]
     uv, first, looks, seen_in = data["uv"][twice], 0, 0, 0
     for view, side in enumerate(model.vision.sides[:len(config.cameras)]):     # of the newest pictures
-        spot = uv[:, view][rows, things]                       # (R, M, 2): x, y of each, -1 where not visible
+        spot = uv[:, view][row, things]                        # (R, M, 2): x, y of each, -1 where not visible
         cell = (spot * side).long().clamp(0, side - 1)
         patch = (first + cell[..., 1] * side + cell[..., 0]).to(device)
         seen = ((spot[..., 0] >= 0) & (things >= 0)).float().to(device)
         looks = looks + attention.gather(2, patch[..., None])[..., 0] * seen
         seen_in = seen_in + seen
         first += side * side
-    return terms | dict(ground=-(looks / seen_in.clamp_min(1)).mean())
+    return terms | dict(ground=-(looks / seen_in.clamp_min(1)).sum() / (rows * things.shape[1]))
 
 
 # ----------------------------------------------------------------------------- optimiser
@@ -319,14 +374,14 @@ def rate(step):
 def train_step(step):
     """One optimiser step; the batch is a pure function of (seed, step)."""
     rng = np.random.default_rng([args.seed, step])
-    torch.manual_seed(1_000_000 * args.seed + step)            # for the flow head's noise
+    torch.manual_seed(1_000_000 * args.seed + step + 10 ** 12 * RANK)          # for the flow head's noise
     frames = torch.from_numpy(rng.choice(train_frames, args.batch_size))
     loss = sum(weights[name] * value for name, value in losses(frames, args.relabel, rng).items())
     if (device == "cpu" or (step + 1) % args.log_interval == 0) and not torch.isfinite(loss):      # elsewhere asking costs time
         episodes = ", ".join(str(e) for e in data["episode"][frames].unique().tolist())
         sys.exit(f"train.py: the loss is {loss.item()} at step {step + 1}, on episodes {episodes}; {ckpt_path} is as it was. "
                  "Lower --lr and --adam_lr, or look at these episodes")
-    loss.backward()
+    (RANKS * loss).backward()                                  # several processes average their gradients
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak", group["lr"]) * rate(step)
@@ -393,16 +448,20 @@ if args.bench:
 
 # ----------------------------------------------------------------------------- prepare
 existing = [p for p in (ckpt_path, resume_path, log_path) if p.exists()]
-if existing and args.resume is None and not args.overwrite:
+if existing and args.resume is None and not args.overwrite and RANK == 0:
     fail(f"{existing[0]} exists; --resume carries on from it, --overwrite replaces it, --out_dir goes elsewhere")
 try:
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    open(args.out_dir / "log.part", "w").close()               # can we write here? nothing is replaced yet
-    (args.out_dir / "log.part").unlink()
+    open(args.out_dir / f"log.part{RANK}", "w").close()        # can we write here? nothing is replaced yet
+    (args.out_dir / f"log.part{RANK}").unlink()
 except OSError as error:
     fail(f"cannot write in {args.out_dir}: {error.strerror}")
 clock = time.time()
-if not args.data.exists():
+files = [args.data] if args.data.exists() else [Path(path) for path in sorted(glob.glob(str(args.data)))]
+if not files and (RANKS > 1 or glob.has_magic(str(args.data))):
+    fail(f"there is no {args.data}; gen_data.py makes demonstrations")
+if not files:
+    files = [args.data]
     print(f"{args.data} is not there: making {args.episodes} demonstrations, about {max(1, round(args.episodes / 1000))} minutes "
           "on 2 cores", flush=True)
     command = [sys.executable, str(Path(__file__).parent / "gen_data.py"), "--episodes", str(args.episodes), "--out", str(args.data),
@@ -413,14 +472,13 @@ if not args.data.exists():
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 made = time.time() - clock
 try:
-    cameras, known_tasks, data, requests = load(args.data, STATES[state_kind], chosen_cameras)
+    cameras, known_tasks, data, requests = load(files, STATES[state_kind], chosen_cameras)
 except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
     fail(f"{args.data} cannot be used ({str(error).strip()}); delete it or give another --data")
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
 if not len(train_frames) or not len(valid_frames):
     fail(f"{args.data} is too small: it needs episodes to train on and, from another scene, to validate on")
-data_hash = hashlib.sha256(b"".join(data[k].numpy().tobytes() for k in ("action", "state", "key", "goal"))
-                           + data["images"][::97].numpy().tobytes()).hexdigest()[:12]
+data_hash = hashlib.sha256(b"".join(data[k].numpy().tobytes() for k in ("action", "state", "key", "goal", "uv"))).hexdigest()[:12]
 failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')
 fingerprint = dict(torch=str(torch.__version__), numpy=np.__version__, h5py=h5py.__version__, cpu=torch.backends.cpu.get_cpu_capability(),
                    threads=torch.get_num_threads(), commit="unknown" if failed else commit, data=data_hash)
@@ -436,9 +494,12 @@ if config.state_size:                                          # statistics of t
     model.state_mean.copy_(data["state"][train_frames].mean(0))
     model.state_std.copy_(data["state"][train_frames].std(0) + 1e-3)
 if args.model == "vla":
-    some = data["images"][train_frames[::97]].float()
-    model.vision.image_mean.copy_(some.mean((0, 2, 3))[:, None, None].repeat(config.frames, 1, 1, 1))
-    model.vision.image_std.copy_(some.std((0, 2, 3))[:, None, None].repeat(config.frames, 1, 1, 1))
+    some = train_frames[::97]
+    pictures = data["images"][data["picture"][some[here(some).numpy()]]].float().to(device)            # (n, V, H, W, 3)
+    mean = together(pictures.sum((0, 2, 3))) / (len(some) * 64 * 64)
+    std = (together((pictures - mean[:, None, None]).square().sum((0, 2, 3))) / (len(some) * 64 * 64)).sqrt()
+    model.vision.image_mean.copy_(mean[:, None, None].repeat(config.frames, 1, 1, 1))
+    model.vision.image_std.copy_(std[:, None, None].repeat(config.frames, 1, 1, 1))
     model.goal_mean.copy_(data["goal"][train_frames].mean(0))
     model.goal_std.copy_(data["goal"][train_frames].std(0) + 1e-3)
     tokens = [torch.stack([tokenize(s, config) for s in r["sentences"]]) for r in requests]
@@ -453,7 +514,8 @@ model.to(device)
 if args.compile:
     import torch._dynamo
     torch._dynamo.config.suppress_errors = True                # no compiler here: go on without
-net = torch.compile(model) if args.compile else model
+net = model if RANKS == 1 else torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+net = torch.compile(net) if args.compile else net
 optimizers = make_optimizers(model)
 weights = dict(action=1.0, goal=args.goal, ground=args.ground)
 first_step = 0
@@ -474,6 +536,8 @@ if args.resume is not None:
 
 
 def save(step):
+    if RANK:
+        return
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out_dir")}
     about = dict(step=step, settings=settings, fingerprint=fingerprint)
     try:
@@ -494,16 +558,16 @@ if args.resume is not None and log_path.exists():
             before += [line] if json.loads(line)["step"] <= first_step else []
         except ValueError:
             pass                                               # cut off when the run was killed
-log = open(log_path, "w")                                      # only now: no bad flag or file has cost anything
+log = open(os.devnull if RANK else log_path, "w")              # only now: no bad flag or file has cost anything
 log.writelines(line + "\n" for line in before)
-if args.resume is None:
+if args.resume is None and RANK == 0:
     resume_path.unlink(missing_ok=True)
 stopped = []                                                   # Ctrl-C is heeded between steps; a second one at once
 for kind in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(kind, lambda *_: os._exit(130) if stopped else stopped.append(True))
+    signal.signal(kind, lambda *_: os._exit(130) if stopped and RANKS == 1 else stopped.append(True))
 held_out = torch.from_numpy(np.random.default_rng(0).choice(valid_frames, min(512, len(valid_frames)), replace=False))
 began, measured = time.time(), first_step
-bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=RANK or not sys.stderr.isatty())
 for step in range(first_step, args.steps):
     loss = train_step(step)
     bar.update()
@@ -513,7 +577,8 @@ for step in range(first_step, args.steps):
         with torch.no_grad():
             torch.manual_seed(0)
             valid = losses(held_out, min(args.relabel, len(held_out)), np.random.default_rng(0))
-        line = dict(step=done, loss=loss.item(), val_loss=valid["action"].item(), lr=optimizers[-1].param_groups[0]["lr"],
+            valid = {k: together(v) for k, v in valid.items()}
+        line = dict(step=done, loss=together(loss).item(), val_loss=valid["action"].item(), lr=optimizers[-1].param_groups[0]["lr"],
                     ms_per_step=ms, samples_per_s=args.batch_size / ms * 1e3,
                     **{f"val_{k}": v.item() for k, v in valid.items() if k != "action"})
         print(json.dumps(line), file=log, flush=True)
@@ -524,7 +589,11 @@ for step in range(first_step, args.steps):
         began, measured = time.time(), done
     if args.eval_interval and done % args.eval_interval == 0 and done < args.steps:
         save(done)
-    if stopped and done < args.steps:
+    if RANKS > 1:                                              # they stop at the same step, and ask each other in every tenth
+        stop = done % 10 == 0 and together(torch.tensor(len(stopped), device=device)).item()
+    else:
+        stop = stopped
+    if stop and done < args.steps:
         save(done)
         print(f"stopped after {done} steps; python train.py --resume {args.out_dir} carries on", file=sys.stderr)
         sys.exit(130)
@@ -532,6 +601,10 @@ bar.close()
 save(args.steps)
 log.close()
 trained = time.time() - clock - made
+if RANKS > 1:
+    dist.destroy_process_group()
+if RANK:
+    sys.exit()
 
 # ----------------------------------------------------------------------------- the curve and the score
 import matplotlib
