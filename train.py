@@ -289,17 +289,15 @@ def losses(frames, relabel, rng):
     if config.model == "vla":
         keys, sentence = torch.cat([data["key"][frames], data["other_key"][frames[:relabel]]]).unique(return_inverse=True)
         text, names = draw_text(keys.tolist(), rng)
-    if RANKS > 1:
-        mine = here(frames)
-        frames, ahead, inside, sentence = frames[mine], ahead[mine], inside[mine], sentence[torch.cat([mine, mine[:relabel]])]
-        relabel = int(mine[:relabel].sum())
-    inside = inside.to(device)
+    mine = here(frames)                                        # all of them, in a single process
+    my_rows = torch.cat([mine, mine[:relabel]])
+    frames, ahead, inside, relabel = frames[mine], ahead[mine], inside[mine].to(device), int(mine[:relabel].sum())
     wanted = data["action"][ahead.clamp_max(len(data["action"]) - 1)].to(device) * inside[..., None]
     state = data["state"][frames].to(device)
     if config.model == "bc":
         error = ((net(state) - wanted).abs() * weigh(wanted, frames, data["goal"][frames])).mean(-1)
         return dict(action=(error * inside).sum() / asked)
-    twice, sentence = torch.cat([frames, frames[:relabel]]), sentence.to(device)
+    twice, sentence = torch.cat([frames, frames[:relabel]]), sentence[my_rows].to(device)
     frame = torch.cat([torch.arange(len(frames)), torch.arange(relabel)]).to(device)
     other = F.pad(data["other_action"][frames[:relabel], None], (0, 0, 0, config.chunk - 1)).to(device)     # only their first is known
     past = [torch.maximum(frames - age, data["start"][frames]) for age in range(config.frames)]
