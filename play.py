@@ -34,6 +34,11 @@ from PIL import Image, ImageDraw, ImageFont
 from gen_data import ACTION_NAMES, ACTION_SCALE, CONTROL_HZ, TASKS, Env, RayCamera, expert, task_list
 from model import POINTERS, VLA, split, tokenize
 
+try:
+    import termios
+except ImportError:                                            # Windows
+    termios = None
+
 
 def fail(message):
     print(f"play.py: {message}", file=sys.stderr)
@@ -470,10 +475,11 @@ def live(scene):
 
     threading.Thread(target=read, daemon=True).start()
     print(f"{scene.info['instruction']!r}; type another sentence at any moment, or help; close the window to end")
+    terminal = termios.tcgetattr(sys.stdin) if termios and sys.stdin.isatty() else None
     steps, begun, told = 0, time.perf_counter(), False
+    due = begun
     try:
         while window.is_running():
-            tick = time.perf_counter()
             while not lines.empty():
                 if command(scene, lines.get()) is False:
                     raise KeyboardInterrupt                    # quit
@@ -489,12 +495,16 @@ def live(scene):
                 told = True
             window.sync()
             steps += 1
-            time.sleep(max(0, 1 / CONTROL_HZ - (time.perf_counter() - tick)))
+            due = max(due + 1 / CONTROL_HZ, time.perf_counter() - 0.2)         # small delays are made up for
+            time.sleep(max(0, due - time.perf_counter()))
     except KeyboardInterrupt:
         pass
     window.close()
+    print(f"{steps / (time.perf_counter() - begun):.1f} control steps a second", flush=True)
     time.sleep(0.5)                                            # its thread crashes if the program ends before it
-    print(f"{steps / (time.perf_counter() - begun):.1f} control steps a second")
+    if terminal:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, terminal)
+    os._exit(0)                                                # the other waits for a line and cannot be ended in order
 
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
