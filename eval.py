@@ -1,6 +1,6 @@
 """Closed-loop evaluation: how often a policy does what the sentence says, on scenes it has never seen.
 
-    python eval.py                                                  # 100 episodes of out/ckpt.pt, about 20 s
+    python eval.py                                                  # 100 episodes of out/ckpt.pt, about 12 s
     python eval.py --policies expert,random,policy --controls       # beside ceiling, floor and the controls
     python eval.py --episodes 500 --out results.json                # the headline figure
     python eval.py --split phrasing                                 # in words that demonstrations never used
@@ -84,7 +84,7 @@ if args.seed < 0:
 
 
 def read_ablations(path):
-    """{name: checkpoint} of the lines of the file, trained if they are not there yet. Lines with the same flags share one."""
+    """{name: checkpoint} of the lines of the file, trained as far as they are not yet. Lines with the same flags share one."""
     if args.ckpt or args.transfer or args.controls or args.instructions or "policy" not in policies:
         fail("--ablate scores the policies that it trains; it goes without --ckpt, --transfer, --controls and --instructions")
     try:
@@ -97,11 +97,17 @@ def read_ablations(path):
         fail(f"{path} should have lines NAME: FLAGS OF train.py, each with a name of its own in letters, digits and spaces")
     found = {}
     for name, own in flags.items():
-        found[name] = path = Path("out/ablate") / next(n for n in flags if flags[n] == own) / "ckpt.pt"
-        if not path.exists():
-            print(f"{name}: {shlex.join(common + own)}", flush=True)
-            command = [sys.executable, str(Path(__file__).parent / "train.py"), *common, *own, "--eval_interval", "0"]
-            if code := subprocess.run([*command, "--out_dir", str(path.parent)]).returncode:
+        folder = Path("out/ablate") / next(n for n in flags if flags[n] == own)
+        found[name], told, note = folder / "ckpt.pt", shlex.join(common + own), folder / "flags.txt"
+        if note.exists() and note.read_text() != told:
+            fail(f"{folder} was trained with other flags ({note.read_text()}); delete it or give the line another name")
+        if not (folder / "curve.png").exists():                # which is what a training ends with
+            print(f"{name}: {told}", flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            note.write_text(told)
+            where = ["--resume", str(folder)] if (folder / "resume.pt").exists() else ["--overwrite", "--out_dir", str(folder)]
+            command = [sys.executable, str(Path(__file__).parent / "train.py"), *common, *own, "--eval_interval", "0", *where]
+            if code := subprocess.run(command).returncode:
                 sys.exit(code)
     return found
 
@@ -296,6 +302,14 @@ def evaluate(name, policy, control="", world=None, wording=None):
     return found
 
 
+def pyplot():
+    """matplotlib, drawing without a display; imported only by who draws."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
 def percent(row):
     low, high = wilson(row["k"], row["n"])
     return f"{row['k']}/{row['n']} = {100 * row['k'] / row['n']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
@@ -348,10 +362,7 @@ try:
 except ValueError as error:                                    # other words, cameras or states than this world's
     fail(error)
 if args.transfer:
-    import matplotlib
-    matplotlib.use("Agg")                                      # draws without a display
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.6 * len(models)), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(9, 1.2 + 0.6 * len(models)), layout="constrained")
     axes.imshow(matrix, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     axes.set_xticks(range(len(worlds)), list(worlds)), axes.set_yticks(range(len(models)), [Path(p or "ckpt").stem for p in paths])
     for i, line in enumerate(matrix):
@@ -410,10 +421,7 @@ if args.ablate:
             curves.setdefault(word, {})[int(number)] = row
     curves = {word: dict(sorted(curve.items())) for word, curve in curves.items() if len(curve) > 1}
     if args.out and curves:
-        import matplotlib
-        matplotlib.use("Agg")                                  # draws without a display
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.2), layout="constrained", squeeze=False, sharey=True)
+        figure, axes = pyplot().subplots(1, len(curves), figsize=(4 * len(curves), 3.2), layout="constrained", squeeze=False, sharey=True)
         for axis, (word, curve) in zip(axes[0], curves.items()):
             k, low, high = (100 * np.array(v) for v in zip(*((r["k"] / r["n"], r["low"], r["high"]) for r in curve.values())))
             axis.errorbar(list(curve), k, np.maximum([k - low, high - k], 0), fmt="o-", capsize=3)

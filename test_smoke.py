@@ -705,13 +705,18 @@ def test_ablations_train_and_score_each_line_once(trained, tmp_path):
     run(command, tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/ablate/*/*")}
     (tmp_path / "a.json").unlink()
+    (tmp_path / "out/ablate/flow/curve.png").unlink()          # as if that one had been stopped
+    files = {path: at for path, at in files.items() if path.parent.name != "flow"}
     table = run(command, tmp_path)
-    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/ablate/*/*")}      # not trained again
+    assert files == {path: path.stat().st_mtime_ns for path in files}        # not trained again
+    assert (tmp_path / "out/ablate/flow/curve.png").exists()
     rows = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
     assert list(rows) == ["words by lstm", "flow, steps 2", "classic, steps 3"] and not (tmp_path / "out/ablate/steps 2").exists()
     assert all(f"| {name} | 0/2 = " in table for name in ("words by lstm", "flow", "classic", "steps 2", "steps 3"))
     assert Image.open(tmp_path / "a.png").width > 400          # a curve of the lines steps 2 and steps 3
     assert all(row["n"] == 2 and row["parameters"] > 1e6 and row["samples_per_s"] > 0 and row["latency_ms"] for row in rows.values())
+    (tmp_path / "a.txt").write_text("flow: --data demos.h5 --steps 3 --head flow\n")
+    assert "other flags" in run(command, tmp_path, code=2)
     classic = VLA.load(tmp_path / "out/ablate/classic/ckpt.pt")
     assert (classic.step, classic.config.vision, classic.config.chunk, classic.config.pointers) == (3, "vit", 1, 0)
 

@@ -205,6 +205,7 @@ def load(paths, state_keys, cameras):
         groups = groups[:args.use_episodes]
         length = [int(g.attrs["num_samples"]) for g in groups]
         need, free = sum(length[RANK::RANKS]) * len(cameras) * 64 * 64 * 3 + sum(length) * 2000, free_memory()       # bytes
+        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))     # processes on this machine
         if need > free:
             fail(f"{args.data} needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; --use_episodes "
                  f"{int(len(groups) * free / need)} or fewer --cameras need less, and of several machines (torchrun) each holds a share")
