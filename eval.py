@@ -107,7 +107,10 @@ def read_ablations(path):
             note.write_text(told)
             where = ["--resume", str(folder)] if (folder / "resume.pt").exists() else ["--overwrite", "--out_dir", str(folder)]
             command = [sys.executable, str(Path(__file__).parent / "train.py"), *common, *own, "--eval_interval", "0", *where]
-            if code := subprocess.run(command).returncode:
+            before = signal.signal(signal.SIGINT, lambda *_: None)   # Ctrl-C is for train.py, which saves; wait until it has
+            code = subprocess.run(command).returncode
+            signal.signal(signal.SIGINT, before)
+            if code:
                 sys.exit(code)
     return found
 

@@ -550,6 +550,16 @@ def test_training_is_a_function_of_its_seed_and_resumes_exactly(trained, tmp_pat
     assert list(read_log(log)) == list(range(1, 15)) and VLA.load(tmp_path / "out/ckpt.pt").step == 14
 
 
+def test_two_threads_train_the_same_twice(trained, tmp_path):
+    logs = []
+    for name in "ab":
+        process = start(f"{TRAIN} --steps 20 --batch_size 64 --relabel 16 --eval_interval 0 --data {trained / 'demos.h5'} --out_dir {name}", tmp_path,
+                        env=os.environ | {"OMP_NUM_THREADS": "2"})
+        assert process.wait(100) == 0, process.communicate()
+        logs.append(read_log(tmp_path / name / "log.jsonl"))
+    assert logs[0] == logs[1]
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_training_saves_and_says_how_to_go_on(how, trained, tmp_path):
     (tmp_path / "demos.h5").symlink_to(trained / "demos.h5")

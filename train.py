@@ -486,6 +486,7 @@ print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)}
       f"{made:.0f} s, loaded in {time.time() - clock - made:.0f} s", flush=True)
 
 torch.manual_seed(args.seed)
+torch.use_deterministic_algorithms(device == "cpu", warn_only=True)   # two threads add up a gradient in a fixed order, at no cost in time
 config = dataclasses.replace(config, tasks=known_tasks, cameras=cameras,
                              words=tuple(sorted({w for r in requests for s in r["sentences"] for w in split(s)})))
 model = {"vla": VLA, "bc": BC}[args.model](config)
