@@ -312,7 +312,7 @@ class RayCamera:
 class Env:
     """The table and the arm, with Gymnasium's five return values (gymnasium itself is not needed).
 
-    tasks: names from TASKS, one drawn per episode. cameras: names from CAMERAS; () renders nothing. split: one of SPLITS.
+    tasks: names from TASKS, what may be asked for. cameras: names from CAMERAS; () renders nothing. split: one of SPLITS.
     randomize: 0..1, how far each of FACTORS may be from normal; randomize_only: the name of one, or None for all.
     guard: whether the safety guard stands between actions and servos (see step).
     Observations are a dict: <camera>_image (64, 64, 3) uint8; joint_pos (7,) rad; ee_pos (3,) m, between the
@@ -368,11 +368,12 @@ class Env:
         self.randomize = amount
 
     def reset(self, seed=None, options=None):
-        """New scene, a function of `seed` (int; None draws one). options: dict(instruction=sentence, task=name,
-        slots=some of them) sets them by hand. Returns (obs, info). Raises ValueError if the sentence does not fit the scene."""
+        """New scene, a function of `seed` (int; None draws one); the tasks take turns with the seeds. options:
+        dict(instruction=sentence, task=name, slots=some of them) sets them by hand. Returns (obs, info). Raises ValueError if
+        the sentence does not fit the scene."""
         self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
         rng, options = np.random.default_rng(self.seed), options or {}
-        task, text = options.get("task") or self.tasks[rng.integers(len(self.tasks))], options.get("instruction")
+        task, text = options.get("task") or self.tasks[self.seed % len(self.tasks)], options.get("instruction")
         if task not in TASKS:
             raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}")
         if self.normal is not None:
@@ -695,17 +696,18 @@ def approach(hand, across, low, near=0.008, slope=6):
     return [*across, height - hand[2]]
 
 
-def let_go(env):
-    """Opens and rises straight up."""
-    return act([0, 0, TRAVEL + 0.01 * (env.ee_pos[2] > 0.08) - env.ee_pos[2]], 1)
+def let_go(env, at=0.0):
+    """Lets go of a thing at height `at` m and rises straight up, 4 cm farther than at_rest wants: towards its end the motion
+    gets slower, and a policy comes to rest before the expert does."""
+    return act([0, 0, max(TRAVEL, at + 0.105) - env.ee_pos[2]], 1)
 
 
-def grasp(env, thing):
-    """Opens, moves over the thing, descends, closes."""
+def grasp(env, thing, near=0.012, slope=4):
+    """Opens, moves over the thing, descends, closes. near, slope: of the funnel, see approach and carry."""
     hand, at = env.ee_pos, env.thing_pos[thing]
-    if np.hypot(*(at - hand)[:2]) < 0.012 and hand[2] < at[2] + 0.015 and env.ee_vel[2] > -0.2:
+    if np.hypot(*(at - hand)[:2]) < near + 0.004 and hand[2] < at[2] + 0.015 and env.ee_vel[2] > -0.2:
         return act([0, 0, at[2] + 0.009 - hand[2]], -1)
-    return act(approach(hand, (at - hand)[:2], at[2] + 0.009 if env.opening > 0.055 else TRAVEL), 1)
+    return act(approach(hand, (at - hand)[:2], at[2] + 0.009 if env.opening > 0.055 else TRAVEL, near, slope), 1)
 
 
 def carry(env, spot, height, near=0.016):
@@ -723,7 +725,7 @@ def put_away(env):
     load, rest = env.block_pos[env.held], env.half[env.held]
     spot = free_spot(env, load)
     if np.hypot(*(load[:2] - spot)) < 0.02 and load[2] < rest + 0.004:
-        return let_go(env)
+        return let_go(env, load[2])
     return carry(env, spot, rest)
 
 
@@ -742,7 +744,7 @@ def free_spot(env, load):
 def bring(env, block, goal, there, near=0.016):
     """Grasps the block, brings it until its centre is at `goal` (3,) m and, once it is `there`, lets go. near: as in carry."""
     if there:
-        return let_go(env)
+        return let_go(env, env.block_pos[block, 2])
     if env.held not in (None, block):
         return put_away(env)
     return carry(env, goal[:2], goal[2], near) if env.held == block else grasp(env, block)
@@ -964,7 +966,7 @@ class Drawer(Task):
         if env.grasped == env.handle:
             goal = DRAWER if way == "open" else -0.01
             return act([goal - env.drawer, HANDLE[1] - env.ee_pos[1], HANDLE[2] - env.ee_pos[2]], -1)
-        return grasp(env, env.handle)
+        return grasp(env, env.handle, 0.008, 6)
 
 
 TASKS = dict(pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), drawer=Drawer())

@@ -508,6 +508,8 @@ def live(scene):
 
 
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+print(f"torch {torch.__version__}, mujoco {mujoco.__version__}, numpy {np.__version__}, cpu {torch.backends.cpu.get_cpu_capability()}, "
+      f"threads {torch.get_num_threads()}")
 try:
     if args.replay:
         replay(args.data, args.episode, args.episodes or 1)
