@@ -697,7 +697,7 @@ def approach(hand, across, low, near=0.008, slope=6):
 
 
 def let_go(env, at=0.0):
-    """Lets go of a thing at height `at` m and rises straight up, 4 cm farther than at_rest wants: towards its end the motion
+    """Lets go of a thing at height `at` m and rises straight up, 4.5 cm farther than at_rest wants: towards its end the motion
     gets slower, and a policy comes to rest before the expert does."""
     return act([0, 0, max(TRAVEL, at + 0.105) - env.ee_pos[2]], 1)
 

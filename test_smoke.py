@@ -550,6 +550,7 @@ def test_training_is_a_function_of_its_seed_and_resumes_exactly(trained, tmp_pat
     assert list(read_log(log)) == list(range(1, 15)) and VLA.load(tmp_path / "out/ckpt.pt").step == 14
 
 
+@slow                                                          # two threads wait for each other wherever something else runs
 def test_two_threads_train_the_same_twice(trained, tmp_path):
     logs = []
     for name in "ab":
