@@ -686,12 +686,11 @@ def act(motion, gripper):
     return np.array([*a[:2], np.clip(a[2], -0.8, 0.8), gripper], np.float32)
 
 
-def approach(hand, across, low, near=0.008, slope=6):
-    """Motion (3,) in m that goes `across` (2,) m at TRAVEL height and down to `low` m in a funnel over the goal: all the way
-    where it is `near` m, `slope` times higher than it is farther."""
-    far = np.hypot(*across)
-    height = np.clip(low + slope * (far - near), low, max(TRAVEL, low))
-    if far > 0.03:                                             # first rise, then travel
+def approach(hand, across, low, above):
+    """Motion (3,) in m that goes `across` (2,) m at TRAVEL height and down to `low` m in a funnel: `above` it by so many m as
+    long as it is so far off."""
+    height = min(low + above, max(TRAVEL, low))
+    if np.hypot(*across) > 0.03:                               # first rise, then travel
         across = across * np.clip((hand[2] - 0.06) / 0.05, 0, 1)
     return [*across, height - hand[2]]
 
@@ -703,51 +702,57 @@ def let_go(env, at=0.0):
 
 
 def grasp(env, thing, near=0.012, slope=4):
-    """Opens, moves over the thing, descends, closes. near, slope: of the funnel, see approach and carry."""
+    """Opens, moves over the thing, descends, closes. The funnel: all the way down within `near` m, and higher by `slope` times
+    the distance beyond."""
     hand, at = env.ee_pos, env.thing_pos[thing]
     if np.hypot(*(at - hand)[:2]) < near + 0.004 and hand[2] < at[2] + 0.015 and env.ee_vel[2] > -0.2:
         return act([0, 0, at[2] + 0.009 - hand[2]], -1)
-    return act(approach(hand, (at - hand)[:2], at[2] + 0.009 if env.opening > 0.055 else TRAVEL, near, slope), 1)
+    above = slope * max(np.hypot(*(at - hand)[:2]) - near, 0)
+    return act(approach(hand, (at - hand)[:2], at[2] + 0.009 if env.opening > 0.055 else TRAVEL, above), 1)
 
 
-def carry(env, spot, height, near=0.016):
-    """Brings the block in the hand over `spot` (2,) m and down until its centre is at `height` m.
-
-    The funnel is as wide as the task allows: where a pad is hidden under the load, a policy is a centimetre uncertain,
-    and in a narrow funnel it hovers at the height that belongs to its usual error."""
+def carry(env, spot, height, above):
+    """Brings the block in the hand over `spot` (2,) m and down until its centre is at `height` m, in a funnel: see approach."""
     load = env.block_pos[env.held]
-    x, y, z = approach(env.ee_pos, spot - load[:2], height - 0.003 + env.ee_pos[2] - load[2], near, 4)
+    x, y, z = approach(env.ee_pos, spot - load[:2], height - 0.003 + env.ee_pos[2] - load[2], above)
     return act([x, y, z if z > 0 else 0.5 * z], -1)            # set down gently
 
 
-def put_away(env):
-    """Puts the block in the hand, which is not wanted there, on the nearest free spot."""
+ROOM = 0.075                           # m between the middles of things, so that the fingers have room to open
+
+
+def put_away(env, goal=()):
+    """Puts the block in the hand, which is not wanted there, down where it is, or where there is room, if there is none:
+    on the nearest spot ROOM and 1 cm away from other blocks and from `goal`, [where another one should go (3,)].
+
+    It is set down wherever there is ROOM, not on that spot alone: which of many it is, a policy cannot see exactly."""
     load, rest = env.block_pos[env.held], env.half[env.held]
-    spot = free_spot(env, load)
-    if np.hypot(*(load[:2] - spot)) < 0.02 and load[2] < rest + 0.004:
-        return let_go(env, load[2])
-    return carry(env, spot, rest)
-
-
-def free_spot(env, load):
-    """Place (2,) nearest to `load` (3,), 9 cm clear of every pad and other block, to put a wrong block down on."""
-    x, y = np.meshgrid(np.arange(AREA[0, 0], AREA[1, 0], 0.03), np.arange(AREA[0, 1], AREA[1, 1], 0.03))
+    others = np.array([*np.delete(env.block_pos, env.held, 0), *goal]).reshape(-1, 3)[:, :2]
+    room = lambda at: np.linalg.norm(at[..., None, :] - others, axis=-1).min(-1, initial=1.0)
+    near, far = AREA + [[-0.03, 0], [0.03, 0.03]]
+    x, y = np.meshgrid(*(np.arange(*ends, 0.02) for ends in zip(near, far)))
     spots = np.stack([x, y], -1).reshape(-1, 2)
-    if (AREA[0] - 0.02 < load[:2]).all() and (load[:2] < AREA[1] + 0.02).all():
-        spots = np.concatenate([load[None, :2], spots])
-    others = [p[:2] for i, p in enumerate(env.block_pos) if i != env.held] + [p[:2] for p in env.pad_pos]
-    clear = np.linalg.norm(spots[:, None] - np.array(others), axis=-1).min(1)
-    cost = np.linalg.norm(spots - load[:2], axis=-1) + 10 * np.maximum(0.09 - clear, 0)
-    return spots[cost.argmin()]
+    away = np.linalg.norm(spots - load[:2], axis=1)
+    spot = spots[(away + 10 * np.maximum(ROOM + 0.01 - room(spots), 0)).argmin()]
+    inside = (near < load[:2]).all() and (load[:2] < far).all()
+    above = 4 * max(min(np.hypot(*(spot - load[:2])) - 0.016, ROOM - room(load[:2]) if inside else 1.0), 0)
+    if above < 0.01 and load[2] < rest + 0.004:
+        return let_go(env, load[2])
+    return carry(env, spot if above else load[:2], rest, above)
 
 
 def bring(env, block, goal, there, near=0.016):
-    """Grasps the block, brings it until its centre is at `goal` (3,) m and, once it is `there`, lets go. near: as in carry."""
+    """Grasps the block, brings it until its centre is at `goal` (3,) m and, once it is `there`, lets go.
+
+    near: m from the goal within which it is lowered all the way, as wide as the task allows. Where a pad is hidden under the
+    load, a policy is a centimetre uncertain, and in a narrow funnel it hovers at the height that belongs to its usual error."""
     if there:
         return let_go(env, env.block_pos[block, 2])
     if env.held not in (None, block):
-        return put_away(env)
-    return carry(env, goal[:2], goal[2], near) if env.held == block else grasp(env, block)
+        return put_away(env, [goal])
+    if env.held is None:
+        return grasp(env, block)
+    return carry(env, goal[:2], goal[2], 4 * max(np.hypot(*(goal - env.block_pos[block])[:2]) - near, 0))
 
 
 def graspable(env, block):
@@ -886,7 +891,9 @@ class Push(Task):
         aside = (at - hand)[:2] - ahead * direction
         if hand[2] < 0.05 and 0.02 < ahead < 0.085 and np.hypot(*aside) < (0.02 if ahead < 0.045 else 0.01) and env.opening < 0.03:
             return act([*(self.SPEED / 0.6 * direction + aside), self.HEIGHT - hand[2]], -1)
-        return act(approach(hand, (at - hand)[:2] - self.BEHIND * direction, self.HEIGHT if env.opening < 0.03 else TRAVEL), -1)
+        across, shut = (at - hand)[:2] - self.BEHIND * direction, env.opening < 0.03
+        motion = approach(hand, across, self.HEIGHT if shut else TRAVEL, 6 * max(np.hypot(*across) - 0.008, 0))
+        return act(motion, -1 if shut or hand[2] > 0.1 else 1)
 
 
 class Stack(Task):
