@@ -430,7 +430,7 @@ if args.ablate:
             axis.errorbar(list(curve), k, np.maximum([k - low, high - k], 0), fmt="o-", capsize=3)
             axis.set_xscale("log"), axis.minorticks_off(), axis.grid(alpha=0.3)
             sizes = len({r["parameters"] for r in curve.values()}) > 1
-            axis.set_xticks(list(curve), [f"{n:,}" + f"\n{r['parameters'] / 1e6:.1f}M" * sizes for n, r in curve.items()])
+            axis.set_xticks(list(curve), [f"{n:,}" + f"\n{r['parameters'] / 1e6:.1f}M" * sizes for n, r in curve.items()], fontsize=7)
             axis.set_xlabel(word + ", parameters" * sizes)
         axes[0, 0].set_ylabel(f"success in %, {args.episodes} scenes"), axes[0, 0].set_ylim(-3, 103)
         figure.savefig(args.out.with_suffix(".png"), dpi=110)

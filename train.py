@@ -441,6 +441,7 @@ def bench(rounds=12):
           f"{device}, {torch.get_num_threads()} threads)")
 
 
+torch.use_deterministic_algorithms(device == "cpu", warn_only=True)   # two threads add up a gradient in a fixed order
 if args.bench:
     bench()
     sys.exit()
@@ -486,7 +487,6 @@ print(f"{args.data}: {len(train_frames)} frames to train on, {len(valid_frames)}
       f"{made:.0f} s, loaded in {time.time() - clock - made:.0f} s", flush=True)
 
 torch.manual_seed(args.seed)
-torch.use_deterministic_algorithms(device == "cpu", warn_only=True)   # two threads add up a gradient in a fixed order, at no cost in time
 config = dataclasses.replace(config, tasks=known_tasks, cameras=cameras,
                              words=tuple(sorted({w for r in requests for s in r["sentences"] for w in split(s)})))
 model = {"vla": VLA, "bc": BC}[args.model](config)
