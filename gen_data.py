@@ -686,9 +686,14 @@ def act(motion, gripper):
     return np.array([*a[:2], np.clip(a[2], -0.8, 0.8), gripper], np.float32)
 
 
+def funnel(across, near, slope):
+    """How much higher than at its goal, in m, the hand should be `across` (2,) m from it: not at all within `near` m, and by
+    `slope` times the distance beyond."""
+    return slope * max(np.hypot(*across) - near, 0)
+
+
 def approach(hand, across, low, above):
-    """Motion (3,) in m that goes `across` (2,) m at TRAVEL height and down to `low` m in a funnel: `above` it by so many m as
-    long as it is so far off."""
+    """Motion (3,) in m that goes `across` (2,) m at TRAVEL height and down to `low` m, for the time being `above` m higher."""
     height = min(low + above, max(TRAVEL, low))
     if np.hypot(*across) > 0.03:                               # first rise, then travel
         across = across * np.clip((hand[2] - 0.06) / 0.05, 0, 1)
@@ -702,40 +707,39 @@ def let_go(env, at=0.0):
 
 
 def grasp(env, thing, near=0.012, slope=4):
-    """Opens, moves over the thing, descends, closes. The funnel: all the way down within `near` m, and higher by `slope` times
-    the distance beyond."""
+    """Opens, moves over the thing, descends in a funnel, closes."""
     hand, at = env.ee_pos, env.thing_pos[thing]
-    if np.hypot(*(at - hand)[:2]) < near + 0.004 and hand[2] < at[2] + 0.015 and env.ee_vel[2] > -0.2:
+    across = (at - hand)[:2]
+    if np.hypot(*across) < near + 0.004 and hand[2] < at[2] + 0.015 and env.ee_vel[2] > -0.2:
         return act([0, 0, at[2] + 0.009 - hand[2]], -1)
-    above = slope * max(np.hypot(*(at - hand)[:2]) - near, 0)
-    return act(approach(hand, (at - hand)[:2], at[2] + 0.009 if env.opening > 0.055 else TRAVEL, above), 1)
+    low = at[2] + 0.009 if env.opening > 0.055 else TRAVEL
+    return act(approach(hand, across, low, funnel(across, near, slope)), 1)
 
 
 def carry(env, spot, height, above):
-    """Brings the block in the hand over `spot` (2,) m and down until its centre is at `height` m, in a funnel: see approach."""
+    """Brings the block in the hand over `spot` (2,) m and its centre down to `height` m, for the time being `above` m higher."""
     load = env.block_pos[env.held]
     x, y, z = approach(env.ee_pos, spot - load[:2], height - 0.003 + env.ee_pos[2] - load[2], above)
     return act([x, y, z if z > 0 else 0.5 * z], -1)            # set down gently
 
 
 ROOM = 0.075                           # m between the middles of things, so that the fingers have room to open
+PUT_DOWN = AREA + [[-0.03, 0], [0.03, 0.03]]                   # m, where a wrong block is put down (x, y)
+SPOTS = np.stack(np.meshgrid(*(np.arange(*ends, 0.02) for ends in PUT_DOWN.T)), -1).reshape(-1, 2)
 
 
-def put_away(env, goal=()):
-    """Puts the block in the hand, which is not wanted there, down where it is, or where there is room, if there is none:
-    on the nearest spot ROOM and 1 cm away from other blocks and from `goal`, [where another one should go (3,)].
+def put_away(env, goal=None):
+    """Puts the block in the hand, which is not wanted there, down where it is, or where there is no room, on the nearest of
+    SPOTS that is ROOM and 1 cm away from the other blocks and from `goal` (3,), the place that another one should have.
 
     It is set down wherever there is ROOM, not on that spot alone: which of many it is, a policy cannot see exactly."""
     load, rest = env.block_pos[env.held], env.half[env.held]
-    others = np.array([*np.delete(env.block_pos, env.held, 0), *goal]).reshape(-1, 3)[:, :2]
+    others = np.array([*np.delete(env.block_pos, env.held, 0), *([] if goal is None else [goal])]).reshape(-1, 3)[:, :2]
     room = lambda at: np.linalg.norm(at[..., None, :] - others, axis=-1).min(-1, initial=1.0)
-    near, far = AREA + [[-0.03, 0], [0.03, 0.03]]
-    x, y = np.meshgrid(*(np.arange(*ends, 0.02) for ends in zip(near, far)))
-    spots = np.stack([x, y], -1).reshape(-1, 2)
-    away = np.linalg.norm(spots - load[:2], axis=1)
-    spot = spots[(away + 10 * np.maximum(ROOM + 0.01 - room(spots), 0)).argmin()]
-    inside = (near < load[:2]).all() and (load[:2] < far).all()
-    above = 4 * max(min(np.hypot(*(spot - load[:2])) - 0.016, ROOM - room(load[:2]) if inside else 1.0), 0)
+    away = np.linalg.norm(SPOTS - load[:2], axis=1)
+    spot = SPOTS[(away + 10 * np.maximum(ROOM + 0.01 - room(SPOTS), 0)).argmin()]
+    inside = (PUT_DOWN[0] < load[:2]).all() and (load[:2] < PUT_DOWN[1]).all()
+    above = min(funnel(spot - load[:2], 0.016, 4), 4 * max(ROOM - room(load[:2]), 0) if inside else 1.0)
     if above < 0.01 and load[2] < rest + 0.004:
         return let_go(env, load[2])
     return carry(env, spot if above else load[:2], rest, above)
@@ -749,10 +753,10 @@ def bring(env, block, goal, there, near=0.016):
     if there:
         return let_go(env, env.block_pos[block, 2])
     if env.held not in (None, block):
-        return put_away(env, [goal])
+        return put_away(env, goal)
     if env.held is None:
         return grasp(env, block)
-    return carry(env, goal[:2], goal[2], 4 * max(np.hypot(*(goal - env.block_pos[block])[:2]) - near, 0))
+    return carry(env, goal[:2], goal[2], funnel((goal - env.block_pos[block])[:2], near, 4))
 
 
 def graspable(env, block):
@@ -892,7 +896,7 @@ class Push(Task):
         if hand[2] < 0.05 and 0.02 < ahead < 0.085 and np.hypot(*aside) < (0.02 if ahead < 0.045 else 0.01) and env.opening < 0.03:
             return act([*(self.SPEED / 0.6 * direction + aside), self.HEIGHT - hand[2]], -1)
         across, shut = (at - hand)[:2] - self.BEHIND * direction, env.opening < 0.03
-        motion = approach(hand, across, self.HEIGHT if shut else TRAVEL, 6 * max(np.hypot(*across) - 0.008, 0))
+        motion = approach(hand, across, self.HEIGHT if shut else TRAVEL, funnel(across, 0.008, 6))
         return act(motion, -1 if shut or hand[2] > 0.1 else 1)
 
 
