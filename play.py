@@ -459,6 +459,7 @@ def live(scene):
     """MuJoCo's viewer in real time; sentences typed in the terminal are obeyed at once."""
     import mujoco.viewer                                       # needs a window system
     env, lines = scene.env, queue.Queue()
+    env.model.vis.map.stiffness = 250                          # 1/s^2: a block follows the mouse; MuJoCo's 100 hardly moves it, 400 shakes it
     try:
         window = mujoco.viewer.launch_passive(env.model, env.data, show_left_ui=False, show_right_ui=False)
     except RuntimeError as error:
@@ -474,7 +475,8 @@ def live(scene):
             pass                                               # end of input: the window stays until it is closed
 
     threading.Thread(target=read, daemon=True).start()
-    print(f"{scene.info['instruction']!r}; type another sentence at any moment, or help; close the window to end")
+    print(f"{scene.info['instruction']!r}; type another sentence at any moment, or help; a block that is double-clicked follows the mouse "
+          "with Ctrl and the right button; close the window to end")
     terminal = termios.tcgetattr(sys.stdin) if termios and sys.stdin.isatty() else None
     steps, begun, told = 0, time.perf_counter(), False
     due = begun
