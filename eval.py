@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gen_data import (FACTORS, GUARDS, HELD_OUT, MAX_STEPS, PHRASES, SLOTS, SPLITS, SUCCESS_STEPS, TASKS, TEST_SEED, Env, expert, fill,
-                      make_instruction, parse_instruction, task_list)
+from gen_data import (DEMO_SEED, FACTORS, GUARDS, HELD_OUT, MAX_STEPS, PHRASES, SLOTS, SPLITS, SUCCESS_STEPS, TASKS, TEST_SEED, VALID_SEED, Env,
+                      expert, fill, make_instruction, parse_instruction, task_list)
 from model import VLA
 
 
@@ -49,7 +49,7 @@ add("--episodes", type=int, default=100, help="episodes per policy and control, 
 add("--tasks", default=None, help=f"all, or a comma list of {', '.join(TASKS)} (default: what the checkpoint was trained on)")
 add("--split", default="seen", choices=SPLITS, help="seen: as in the demonstrations; phrasing: their held-out sentence patterns; "
     "combo: their held-out colours; crowd: two more blocks (default seen)")
-add("--instructions", type=Path, default=None, help="file of lines task<TAB>sentence with {block} {pad} {lower} {direction}: scores each")
+add("--instructions", type=Path, default=None, help="file of lines task<TAB>sentence with {block} {pad} {lower} {direction} {way}: scores each")
 add("--sensitivity", action="store_true", help="also: how much the action depends on the sentence, before and after training")
 add("--randomize", type=float, default=0.0, help="0 to 1: how far the world may be from normal (default 0)")
 add("--randomize_only", default=None, help=f"one of {', '.join(FACTORS)} (default: all of them)")
@@ -58,7 +58,7 @@ add("--ablate", type=Path, default=None, help="file of lines NAME: FLAGS OF trai
     "every other: trains each in out/ablate/NAME, unless that is done, and scores them in one table")
 add("--guard", default="on", choices=("on", "off"), help="the safety guard between every policy and the servos (default on)")
 add("--seed", type=int, default=TEST_SEED, help=f"first scene seed (default {TEST_SEED:,}: the reporting range; "
-    "0 to 999,999 is for choosing)")
+    "0 to 999,999 is for choosing, 2,000,000 and up are the demonstrations')")
 add("--execute", type=int, default=None, help="actions carried out per look (default: the checkpoint's own)")
 add("--ensemble", action="store_const", const=True, help="look at every step and average what all chunks say about it")
 add("--flow_steps", type=int, default=None, help="of a flow head's integration (default: the checkpoint's own)")
@@ -81,6 +81,10 @@ for flag, value in (("--episodes", args.episodes), ("--width", args.width)):
         fail(f"{flag} must be at least 1, not {value}")
 if args.seed < 0:
     fail(f"--seed must not be negative, got {args.seed}")
+ranges = dict(choosing=VALID_SEED, reporting=TEST_SEED, demonstrations=DEMO_SEED)
+seed_range, last_range = ([name for name, first in ranges.items() if seed >= first][-1] for seed in (args.seed, args.seed + args.episodes - 1))
+if seed_range != last_range:
+    fail(f"{args.episodes} scenes from seed {args.seed} reach from the range for {seed_range} into that for {last_range}; choose another --seed")
 
 
 def read_ablations(path):
@@ -91,7 +95,10 @@ def read_ablations(path):
         lines = [line.partition(":") for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         fail(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}")
-    flags = {name.strip(): shlex.split(rest) for name, colon, rest in lines if colon}
+    try:
+        flags = {name.strip(): shlex.split(rest) for name, colon, rest in lines if colon}
+    except ValueError as error:
+        fail(f"{path} has a quotation that does not end ({error})")
     common = flags.pop("all", [])
     if len(lines) - (common != []) != len(flags) or not flags or any(re.search(r"[^\w. +-]", name) for name in flags):
         fail(f"{path} should have lines NAME: FLAGS OF train.py, each with a name of its own in letters, digits and spaces")
@@ -101,7 +108,10 @@ def read_ablations(path):
         found[name], told, note = folder / "ckpt.pt", shlex.join(common + own), folder / "flags.txt"
         if note.exists() and note.read_text() != told:
             fail(f"{folder} was trained with other flags ({note.read_text()}); delete it or give the line another name")
-        if not (folder / "curve.png").exists():                # which is what a training ends with
+        if (folder / "curve.png").exists():                    # which is what a training ends with
+            commit = torch.load(found[name], weights_only=True)["fingerprint"]["commit"]
+            print(f"{name}: trained at commit {commit}; to train it again, delete {folder}", flush=True)
+        else:
             print(f"{name}: {told}", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             note.write_text(told)
@@ -121,6 +131,8 @@ except ValueError as error:
     fail(f"--tasks {error}")
 if args.out and (args.out.is_dir() or args.out.suffix != ".json" or args.out.parent.exists() and not args.out.parent.is_dir()):
     fail(f"cannot write {args.out}: --out is a file name that ends in .json, in a folder")
+if (args.transfer or args.instructions) and policies != ["policy"]:
+    fail("--transfer and --instructions score checkpoints alone, without --policies")
 if args.transfer + args.controls + bool(args.instructions) > 1:
     fail("--transfer, --instructions and --controls are three evaluations; choose one at a time")
 if args.randomize_only and (args.transfer or not args.randomize):
@@ -284,7 +296,7 @@ def evaluate(name, policy, control="", world=None, wording=None):
         mean = lambda key: float(np.mean([r[key] for r in mine]))
         found.append(dict(
             policy=name, control=control or "none", task=task, split=args.split, k=k, n=n, low=low, high=high,
-            range="reporting" if args.seed >= TEST_SEED else "choosing", reward=mean("reward"),
+            range=seed_range, reward=mean("reward"),
             reward_sd=float(np.std([r["reward"] for r in mine])), steps=mean("steps"),
             steps_sd=float(np.std([r["steps"] for r in mine])), violations=sum(r["violations"] for r in mine),
             guard={g: sum(r["guard"][g] for r in mine) for g in GUARDS}, force_p95=float(np.percentile([r["force"] for r in mine], 95)),

@@ -1,6 +1,6 @@
 """The world and its demonstrations: scene, cameras, sentences, scripted expert, HDF5 writer.
 
-    python gen_data.py --episodes 2000 --out data/demos.h5    # all cores, about 2 minutes on 2 of them
+    python gen_data.py --episodes 3000 --out data/demos.h5    # all cores, about 3 minutes on 2 of them
     python gen_data.py --tasks all --episodes 6000 --out data/all.h5
     python gen_data.py --info data/demos.h5                   # what is in a file, and data/demos.png
     python gen_data.py --bench                                # frames/s against bare physics + ray casting
@@ -138,7 +138,7 @@ def parse_instruction(text):
         elif word in DIRECTIONS:
             slots["direction"] = word
     if not slots and {"drawer", "cabinet", "handle"} & set(words):
-        slots = dict(way="close") if {"close", "shut", "push"} & set(words) else dict(way="open")
+        slots = dict(way="close" if {"close", "shut"} & set(words) or "push" in words and "open" not in words else "open")
     fitting = [task for task in TASKS if set(TASKS[task].slots) == set(slots)]
     if not fitting or sum(w in COLORS for w in words) > 2:
         named = ", ".join(w for w in words if w in COLORS or w in DIRECTIONS) or "none"
@@ -329,9 +329,11 @@ class Env:
             if name not in known:
                 raise ValueError(f"{name!r} is not one of {', '.join(known)}")
         self.tasks, self.n_blocks, self.n_pads = tuple(tasks), n_blocks + CROWD * (split == "crowd"), n_pads
+        if max(self.n_blocks, n_pads) > len(COLORS):
+            raise ValueError(f"there are {len(COLORS)} colours, and {self.n_blocks} blocks or {n_pads} pads of one each are too many")
         self.split, self.guard = split, guard
         self.factors = tuple(FACTORS) if randomize_only is None else (randomize_only,)
-        self.late = False                                      # whether actions arrive one control step late
+        self.late, self.pixel_noise = False, 0.0               # whether actions arrive one control step late; of 255
         self.model = m = mujoco.MjModel.from_xml_string(scene_xml(self.n_blocks, n_pads))
         self.randomize, self.normal = 0.0, None
         self.data = mujoco.MjData(m)
@@ -376,12 +378,14 @@ class Env:
         task, text = options.get("task") or self.tasks[self.seed % len(self.tasks)], options.get("instruction")
         if task not in TASKS:
             raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}")
+        slots = options.get("slots") or {}
+        combo = self.split == "combo" or (None if set(slots) == set(TASKS[task].slots) else False)       # what is asked for may be held out
         if self.normal is not None:
             self._randomize(np.random.default_rng([self.seed, 7]))
         for _ in range(1000):
             self._new_scene(rng)
             TASKS[task].setup(self, rng)
-            request = self.draw_request(rng, (task,), self.split == "combo", only=options.get("slots") or {})
+            request = self.draw_request(rng, (task,), combo, only=slots)
             if text or request:
                 break
         else:
@@ -432,8 +436,8 @@ class Env:
             camera.strength = 1 + FACTORS["light"][1] * draw["light"][3]
         m.geom_rgba[:] = normal.geom_rgba
         m.geom_rgba[m.geom("table").id, :3] += FACTORS["color"][0] * draw["color"][:3]
-        m.cam_pos[:] = normal.cam_pos + FACTORS["camera"][0] * draw["camera"][:9].reshape(3, 3)
-        m.cam_fovy[:] = normal.cam_fovy + FACTORS["camera"][1] * draw["camera"][9:12]
+        m.cam_pos[:] = normal.cam_pos + FACTORS["camera"][0] * draw["camera"][:3 * m.ncam].reshape(-1, 3)
+        m.cam_fovy[:] = normal.cam_fovy + FACTORS["camera"][1] * draw["camera"][3 * m.ncam:4 * m.ncam]
         self.pixel_noise = FACTORS["noise"][0] * abs(draw["noise"][0])
         m.geom_friction[:, 0] = normal.geom_friction[:, 0] * (1 + FACTORS["friction"][0] * draw["friction"][0])
         scale, mass = (1 + s * draw["mass"][k:k + self.n_blocks] for k, s in ((0, FACTORS["mass"][1]), (8, FACTORS["mass"][0])))
@@ -783,7 +787,7 @@ class Task:
 class PickPlace(Task):
     """| what the expert sees                      | what it does                                     |
     | the block rests on its pad                   | lets go                                          |
-    | another block between the fingers            | puts it away on the nearest free spot            |
+    | another block between the fingers            | puts it away, where it is if there is room       |
     | the right block between the fingers          | carries it to the pad                            |
     | anything else                                | grasps the block                                 |"""
     slots = ("block", "pad")
@@ -1333,7 +1337,7 @@ def benchmark(scenes=25):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail                                        # one sentence, without the usage
-    parser.add_argument("--episodes", type=int, default=2000, help="demonstrations to write (default 2000)")
+    parser.add_argument("--episodes", type=int, default=3000, help="demonstrations to write (default 3000)")
     parser.add_argument("--out", type=Path, default=Path("data/demos.h5"), help="file to write (default data/demos.h5)")
     parser.add_argument("--seed", type=int, default=0, help="which 100,000 demonstration scenes to draw from (default 0)")
     parser.add_argument("--shard", default="1/1", help="I/N: draw from the I-th of N parts of them, so that N runs, each with an --out of its "
@@ -1342,7 +1346,8 @@ if __name__ == "__main__":
     parser.add_argument("--cameras", default="front,wrist", help=f"comma list of {', '.join(CAMERAS)} (default front,wrist)")
     parser.add_argument("--randomize", type=float, default=0.0, help="0 to 1: how much the world differs from scene to scene (default 0)")
     parser.add_argument("--randomize_only", default=None, choices=tuple(FACTORS), help="let this alone differ (default: everything)")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 61),
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1    # as far as they are ours
+    parser.add_argument("--workers", type=int, default=min(cores, 61),
                         help="processes (default: all cores); does not change the data")
     parser.add_argument("--noise", type=float, default=1.0, help="0 to 1: how much noise is executed with the actions (default 1)")
     parser.add_argument("--info", type=Path, default=None, help="only print what is in this data file, and draw it in a .png beside it")

@@ -483,7 +483,7 @@ class Policy(nn.Module):
     def act(self, observations, sentences):
         """One action each, (B, 4) float32, for B episodes that go on side by side: an observation dict of gen_data.Env and a
         sentence of every one. Looks afresh when a chunk's first config.execute actions are used up, or a sentence is new."""
-        self.memory = self.memory or [dict(told=None) for _ in observations]
+        self.memory = self.memory or [dict(told=False) for _ in observations]                     # nothing yet, not even None
         for past, obs, sentence in zip(self.memory, observations, sentences, strict=True):
             if past["told"] != sentence:
                 past.update(told=sentence, chunks=[], seen=[])

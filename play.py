@@ -164,11 +164,10 @@ class Scene:
     @torch.inference_mode()
     def looks(self):
         """Attention (M, P) on the patches of all views: of the pointers to thing and place, then of two heads of the CLS
-        token, as far as there are any. And how much of its name each pointer finds at each word of the sentence, (2, words)."""
-        policy, words = self.policy, len(split(self.info["instruction"]))
-        images, state = policy.read_obs(self.obs)
+        token, as far as there are any. And how much of its name each pointer finds at each token of the sentence, (2, tokens)."""
+        policy, (images, state) = self.policy, self.policy.read_obs(self.obs)
         text = tokenize(self.info["instruction"], policy.config)[None]
-        return policy(images, state, text)[2][0].exp(), policy.pointers.weigh(policy.text(text), text == 0)[0, :, :words]
+        return policy(images, state, text)[2][0].exp(), policy.pointers.weigh(policy.text(text), text == 0)[0, :, :(text > 0).sum()]
 
     def heat(self, attention):
         """Attention (2, P) as one picture (side, side, 3) for each view, 0..1: thing in red, place in green."""
@@ -178,7 +177,7 @@ class Scene:
 
     def picture(self):
         """One frame: the room, what the policy sees beside it, the sentence and the outcome under it."""
-        side, line = size // 2, font.size + 6
+        side, line = size // max(2, len(self.env.cameras)), font.size + 6
         sheet = Image.new("RGB", (size + side, size + 2 * line + 6), "white")
         sheet.paste(Image.fromarray(self.camera.render(self.env.data)), (0, 0))
         attention, reading = self.looks() if args.attention else (None, None)
@@ -274,14 +273,15 @@ def count_attention(n):
             attention, reading = scene.looks()
             shown = [camera.geom.reshape(side, 64 // side, side, 64 // side).swapaxes(1, 2).reshape(side * side, -1)
                      for camera, side in zip(env.cameras.values(), scene.policy.vision.sides)]
-            for row, patch in enumerate(attention.argmax(1).tolist()):
+            newest = sum(len(view) for view in shown)          # with --frames, the patches of older pictures come after
+            for row, patch in enumerate(attention[:, :newest].argmax(1).tolist()):
                 thing = env.things(env.slots)[row % 2]
                 on = np.concatenate([(view == env.thing_geom[thing]).sum(1) for view in shown])
                 if thing >= 0 and on.sum() >= 3:               # there is such a thing, and it can be seen
                     hits[row] += on[patch] > 0, 1
             words = split(env.instruction)
             for row, slot in enumerate((env.slots.get("block"), env.slots.get("pad", env.slots.get("lower")))):
-                if slot:
+                if slot and scene.policy.config.text == "word":
                     reads[row] += words[reading[row].argmax()] == slot, 1
             scene.step()
         done += scene.info["success"]
@@ -289,7 +289,8 @@ def count_attention(n):
     for name, (k, of) in zip(names, hits):
         if of:
             print(f"  {name:22} {k}/{of} = {100 * k / of:.1f}%")
-    print("and in which the word that is read most is its colour:")
+    if reads.any():
+        print("and in which the word that is read most is its colour:")
     for name, (k, of) in zip(names, reads):
         if of:
             print(f"  {name:22} {k}/{of} = {100 * k / of:.1f}%")
@@ -343,7 +344,7 @@ def draw_pipeline(scene, path):
     patches, words, fused = seen["vision"][0][0], seen["text"][0, :len(words)], seen["fusion"][0]
     for i, (title, tokens) in enumerate(((f"patch tokens {tuple(patches.shape)}, less their mean", patches - patches.mean(0)),
                                          (f"word tokens {tuple(words.shape)}, less their mean", words - words.mean(0)),
-                                         (f"CLS token, fused: {fused.numel()} numbers", fused.reshape(8, -1)))):
+                                         (f"CLS token, fused: {fused.numel()} numbers", fused.reshape(np.gcd(fused.numel(), 8), -1)))):
         axes, limit = panel(2, slice(3 * i, 3 * i + 3), title), 2 * tokens.std().item()
         axes.imshow(tokens.numpy(), vmin=-limit, vmax=limit, cmap="coolwarm", aspect="auto")
         axes.set_xticks([]), axes.set_yticks([])
@@ -491,6 +492,7 @@ def live(scene):
                 mujoco.mjv_applyPerturbForce(env.model, env.data, window.perturb)     # blocks dragged with the mouse
                 if scene.done:
                     mujoco.mj_step(env.model, env.data, 10)
+                    env._refresh()                             # where blocks are now, for the next sentence
                 scene.step()
             if scene.done and scene.env.steps and not told:
                 print(scene.outcome())

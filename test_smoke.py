@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 import gen_data
-from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, SPLITS, TASKS, TEST_SEED, Env, all_requests, expert, fill,
+from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, HELD_OUT, SPLITS, TASKS, TEST_SEED, Env, all_requests, expert, fill,
                       is_held_out, parse_instruction, patterns, seen_at)
 from model import BC, CHARS, PROPRIO, VLA, Block, Config, split, tokenize
 
@@ -159,6 +159,12 @@ def test_env_takes_a_sentence_by_hand():
     for action in ([0, 0, 0], [0, 0, 0, np.nan]):
         with pytest.raises(ValueError, match="4 finite numbers"):
             env.step(action)
+    slots = dict(HELD_OUT["pick_place"][0])                    # who asks for it by name gets it
+    assert env.reset(7, dict(slots=slots))[1]["instruction"] and env.slots == slots
+    env.set_randomize(0.5)                                     # is of the next scene
+    env.step([0, 0, 0, 1])
+    with pytest.raises(ValueError, match="5 colours"):
+        Env(n_blocks=6)
 
 
 # ----------------------------------------------------------------------------- the tasks
@@ -209,6 +215,7 @@ def test_parsing_finds_the_meaning_of_every_sentence():
             for pattern in TASKS[task].sentences:
                 assert parse_instruction(fill(pattern, slots)) == (task, slots), pattern
     assert parse_instruction("please shut that drawer") == ("drawer", dict(way="close"))
+    assert parse_instruction("push the drawer open") == ("drawer", dict(way="open"))
     for nonsense in ("", "dance", "put it on the red target", "red green blue"):
         with pytest.raises(ValueError, match="not clear"):
             parse_instruction(nonsense)
@@ -511,6 +518,11 @@ def test_predict_executes_the_chunk_and_listens(fitted, monkeypatch):
     assert len(looks) == 3                                     # a new sentence, at once
     with pytest.raises(ValueError, match="wrist_image"):
         model.predict({k: v for k, v in obs.items() if k != "wrist_image"}, sentences[0])
+    model.reset()
+    with pytest.raises(ValueError, match="needs a sentence"):
+        model.predict(obs)
+    bc = BC(Config(model="bc", state="full", cameras=(), chunk=1, execute=1))
+    assert np.array_equal(bc.predict(observations[0]), bc.predict(observations[0], "anything"))
 
 
 def test_text():
@@ -587,6 +599,16 @@ def test_bad_numbers_stop_the_run_and_spoil_nothing(trained, tmp_path):
     with h5py.File(tmp_path / "demos.h5", "a") as file:        # now it is a good file, but another one
         file["episode_5/actions"][0, 2] = 0.5
     assert "other demonstrations" in run(f"train.py --resume {trained}/out --steps 20 --data demos.h5", tmp_path, code=2)
+
+
+def test_what_only_a_simulator_knows_may_be_zeros(trained, tmp_path):
+    shutil.copy(trained / "demos.h5", tmp_path)
+    with h5py.File(tmp_path / "demos.h5", "a") as file:
+        for i in range(file.attrs["total"]):
+            for value in (*file[f"episode_{i}/grounding"].values(), *(file[f"episode_{i}/observations/{k}"] for k in ("object_pos", "target_pos"))):
+                value[:] = 0
+    run(TRAIN.replace("--relabel 4", "--relabel 0") + " --ground 0 --goal 0 --release 1 --steps 2 --eval_interval 0", tmp_path)
+    assert read_log(tmp_path / "out/log.jsonl")[2]["loss"] > 0
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_sentence(trained, tmp_path):
@@ -750,6 +772,9 @@ def test_play_shows_the_inside_and_counts_where_it_looks(trained, tmp_path):
         assert figure.width > 1000 and np.std(np.asarray(figure)) > 20
     found = re.findall(r"pointer to the (\w+) +(\d+)/(\d+)", run(f"play.py --ckpt {trained}/out/ckpt.pt --attention --episodes 1 --tasks stack", tmp_path))
     assert [name for name, *_ in found[:2]] == ["thing", "place"] and all(0 <= int(k) <= int(n) <= 200 for _, k, n in found)
+    VLA(Config(words=WORDS, text="char", max_text=96, frames=2, width=100, tasks=("lift",))).save(tmp_path / "char.pt")
+    run("play.py --ckpt char.pt --seed 1 --size 128 --pipeline --out b.png", tmp_path)
+    assert "its colour" not in run("play.py --ckpt char.pt --attention --episodes 1", tmp_path)
 
 
 def test_demonstrations_without_noise_replay_exactly(data, tmp_path):
@@ -806,6 +831,7 @@ def hostile(trained):
     (trained / "text").write_text("neither a checkpoint nor data\n")
     (trained / "empty.txt").write_text("\n")
     (trained / "settings.txt").write_text("default: --data demos.h5 --steps 2\n")
+    (trained / "quote.txt").write_text("default: --data 'demos.h5\n")
     (trained / "slot.txt").write_text("lift\traise the {thing}\n")
     (trained / "task.txt").write_text("juggle\tjuggle the {block} block\n")
     with h5py.File(trained / "foreign.h5", "w") as file:
@@ -847,6 +873,9 @@ BAD = [
     ("train.py --data demos.h5 --out_dir new --use_episodes 900", "--use_episodes 900"),
     ("eval.py --ablate empty.txt", "NAME"),
     ("eval.py --ablate missing.txt", "cannot read missing.txt"),
+    ("eval.py --ablate quote.txt", "quotation"),
+    ("eval.py --ckpt out/ckpt.pt --seed 999990 --episodes 20", "the range for choosing into that for reporting"),
+    ("eval.py --ckpt out/ckpt.pt --policies expert --instructions task.txt", "--policies"),
     ("eval.py --ablate settings.txt --tasks juggle", "'juggle'"),      # before anything is trained
     ("eval.py --ablate settings.txt --out text/a.json", "cannot write"),
     ("eval.py --ablate settings.txt --policies expert", "--ablate scores"),
@@ -862,6 +891,10 @@ BAD = [
     ("train.py --data demos.h5 --out_dir text/new", "cannot write"),
     ("train.py --data demos.h5 --out_dir out", "--overwrite"),
     ("train.py --data demos.h5 --resume new", "nothing to resume"),
+    ("train.py --data demos.h5 --resume out --out_dir new", "without --out_dir"),
+    ("train.py --data demos.h5 --out_dir new --optimizer adamw --lr 1e-3", "--adam_lr"),
+    ("train.py --data demos.h5 --out_dir new --pointers 0 --heads 1 --ground 1", "--heads 1"),
+    ("train.py --data demos.h5 --out_dir new --model bc --relabel 3", "--relabel is about the vla"),
     ("train.py --data demos.h5 --resume torn", "cannot be resumed from"),
     ("train.py --data demos.h5 --out_dir out --resume --model bc", "another configuration"),
     ("gen_data.py --randomize 3 --out new.h5", "--randomize must be from 0 to 1"),
@@ -907,22 +940,45 @@ BAD = [
 ]
 
 
+TELLER = """
+import contextlib, io, json, runpy, shlex, sys
+folder = sys.argv[1]
+sys.path.insert(0, folder)
+for command in sys.stdin.read().splitlines():
+    sys.argv, said, code = shlex.split(command), io.StringIO(), 0
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            runpy.run_path(f"{folder}/{sys.argv[0]}", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, said.getvalue()]))
+"""                                                            # the scripts one after the other: starting torch for each takes longest
+
+
 @pytest.fixture(scope="session")
 def complaints(hostile):
-    """What each of the commands of BAD says on stderr, two at a time, and the colours of scene 0 that are in some of them."""
+    """What each of the commands of BAD says on stderr, in two processes, and the colours of scene 0 that are in some of them."""
     env = Env(cameras=())
     env.reset(0)
     colors = dict(block=env.block_colors[0], pad=env.pad_colors[0], absent=next(c for c in COLORS if c not in env.block_colors))
     files = lambda: {p: p.stat().st_mtime_ns for p in hostile.rglob("*") if p.is_file()}
     before = files()
+
+    def tell(rows):
+        told = subprocess.run([sys.executable, "-c", TELLER, ROOT], cwd=hostile, text=True, capture_output=True, timeout=150,
+                              input="\n".join(row[0].format(**colors) for row in rows))
+        assert told.returncode == 0, told.stderr               # a traceback
+        return zip(rows, map(json.loads, told.stdout.splitlines()), strict=True)
+
     with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(lambda row: run(row[0].format(**colors), hostile, code=2), BAD))
+        said = dict(row for rows in pool.map(tell, (BAD[::2], BAD[1::2])) for row in rows)
     assert files() == before                                   # nothing overwritten, lost or left behind
-    return dict(zip(BAD, said)), colors
+    return said, colors
 
 
 @pytest.mark.parametrize("row", BAD, ids=lambda row: row[0])
 def test_bad_input_is_one_sentence(row, complaints):
-    said, colors = complaints[0][row], complaints[1]
+    (code, said), colors = complaints[0][row], complaints[1]
+    assert code == 2, said
     lines = [line for line in said.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith(row[0].split()[0] + ": ") and row[1].format(**colors) in lines[0], said

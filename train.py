@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from model import A, BC, EMBEDDINGS, FUSIONS, HEADS, STATE_SIZES, STATES, VLA, Config, split, tokenize, write
@@ -52,13 +53,13 @@ add("--recipe", default="picovla", choices=tuple(RECIPES), help="other defaults 
     f"({' '.join(f'--{k} {v}' for k, v in RECIPES['classic'].items())})")
 add("--steps", type=int, default=2000, help="optimiser steps (default 2000)")
 add("--batch_size", type=int, default=64, help="frames per step (default 64)")
-add("--relabel", type=int, default=64, help="how many of them are also shown with another sentence that is valid in "
-    "the scene, and what the expert would do then (default 64)")
-add("--lr", type=float, default=0.02, help="Muon's learning rate, for the transformers' matrices (default 0.02)")
+add("--relabel", type=int, default=None, help="how many of them are also shown with another sentence that is valid in "
+    "the scene, and what the expert would do then (default 64, or all of a smaller batch)")
+add("--lr", type=float, default=None, help="Muon's learning rate, for the transformers' matrices (default 0.02)")
 add("--adam_lr", type=float, default=2e-3, help="AdamW's, for everything else (default 0.002)")
 add("--optimizer", default="muon", choices=("muon", "adamw"), help="adamw: AdamW for everything (default muon)")
 add("--word_dropout", type=float, default=0.1, help="share of a sentence's other words than colours and directions that are "
-    "left out in training (default 0.1)")
+    "left out in training (default 0.1; characters stay)")
 add("--shuffle_names", type=int, default=None, choices=(0, 1), help="1: other colours in the words that are read in their context, "
     "so that only the pointers' names depend on them (default 1 with pointers)")
 add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where there are patches to look at)")
@@ -122,7 +123,8 @@ if args.resume is not None:
         fail(f"{resume_path} cannot be resumed from ({' '.join(str(error).split())[:200] or type(error).__name__}); if there is a "
              "previous_resume.pt beside it, give that its name")
 args = parser.parse_args()                                     # what is said goes before what a recipe or an earlier run has set
-
+if args.resume is not None and args.out_dir != resume_path.parent:
+    fail(f"--resume {args.resume} carries on in that folder, without --out_dir; copy it to keep it as it is")
 
 args.data = args.data or Path("data") / ("demos.h5" if args.tasks in (None, "pick_place") else f"{args.tasks.replace(',', '_')}.h5")
 args.episodes = 8000 if args.episodes is None and args.tasks == "all" else 3000 if args.episodes is None else args.episodes
@@ -132,24 +134,30 @@ for flag in ("steps", "batch_size", "episodes", "use_episodes", "eval_episodes",
 for flag in ("relabel", "ground", "goal", "release", "seed", "eval_interval", "word_dropout"):
     if getattr(args, flag) is not None and not getattr(args, flag) >= 0:
         fail(f"--{flag} must not be negative, got {getattr(args, flag)}")
-if args.relabel > args.batch_size:
+if (args.relabel or 0) > args.batch_size:
     fail(f"--relabel {args.relabel} is more than --batch_size {args.batch_size}")
+if args.lr is not None and args.optimizer != "muon":
+    fail(f"--lr is Muon's; the learning rate of --optimizer {args.optimizer} is --adam_lr")
 for flag, head in (("loss", "continuous"), ("bins", "tokens"), ("flow_steps", "flow")):
     if getattr(args, flag) is not None and args.head != head:
         fail(f"--{flag} belongs to --head {head}, not to {args.head}")
 parts = ("vision", "keep", "frames", "text", "text_encoder", "pointers", "fusion", "head", "loss", "bins", "flow_steps", "chunk",
          "ensemble", "width", "heads", "layers")               # flags that are fields of Config
 if args.model == "bc":
-    if odd := [flag for flag in (*parts, "cameras", "execute") if getattr(args, flag) != parser.get_default(flag)]:
-        fail(f"--{odd[0]} is about the vla; --model bc has only a state and one action")
+    if odd := [flag for flag in (*parts, "cameras", "execute", "lr", "relabel", "word_dropout", "shuffle_names", "ground", "goal")
+               if getattr(args, flag) != parser.get_default(flag)]:
+        fail(f"--{odd[0]} is about the vla; --model bc has only a state and one action, and AdamW")
     parts, args.chunk, args.execute = (), 1, 1
+elif args.optimizer == "muon" and args.lr is None:
+    args.lr = 0.02
+args.relabel = min(64, args.batch_size) if args.relabel is None else args.relabel
 args.execute = args.execute or (args.chunk + 1) // 2
 state_kind = args.state or ("full" if args.model == "bc" else "proprio")
 chosen_cameras = [] if args.model == "bc" else None if args.cameras is None else args.cameras.split(",")
-groundable = args.vision != "cnn" and (args.pointers or args.fusion == "transformer")
+groundable = args.vision != "cnn" and (args.pointers or args.fusion == "transformer" and args.heads > 1)
 if args.ground and not groundable:
     fail("--ground pulls attention onto patches; " + ("--vision cnn has none" if args.vision == "cnn" else
-                                                      f"without pointers --fusion {args.fusion} does not look at them"))
+                                                      f"without pointers --fusion {args.fusion} with --heads {args.heads} does not look at them"))
 args.ground = 0.1 * groundable if args.ground is None else args.ground
 if args.shuffle_names and not args.pointers:
     fail("--shuffle_names leaves colours to the pointers' names; with --pointers 0 nobody would hear them")
@@ -370,13 +378,18 @@ def rate(step):
     return min((step + 1) / 50, 1.0, (args.steps - step) / (0.6 * args.steps))
 
 
+def saves_after(step):
+    return step + 1 == args.steps or args.eval_interval and (step + 1) % args.eval_interval == 0
+
+
 def train_step(step):
     """One optimiser step; the batch is a pure function of (seed, step)."""
     rng = np.random.default_rng([args.seed, step])
     torch.manual_seed(1_000_000 * args.seed + step + 10 ** 12 * RANK)          # for the flow head's noise
     frames = torch.from_numpy(rng.choice(train_frames, args.batch_size))
     loss = sum(weights[name] * value for name, value in losses(frames, args.relabel, rng).items())
-    if (device == "cpu" or (step + 1) % args.log_interval == 0) and not torch.isfinite(loss):      # elsewhere asking costs time
+    asked = device == "cpu" or saves_after(step) or (step + 1) % args.log_interval == 0            # elsewhere asking costs time
+    if asked and not torch.isfinite(loss):
         episodes = ", ".join(str(e) for e in data["episode"][frames].unique().tolist())
         sys.exit(f"train.py: the loss is {loss.item()} at step {step + 1}, on episodes {episodes}; {ckpt_path} is as it was. "
                  "Lower --lr and --adam_lr, or look at these episodes")
@@ -412,9 +425,11 @@ class Plain(torch.nn.Module):
 
 
 def bench(rounds=12):
-    """Training steps of this build and of the plain one, alternately, each with its own batch size and optimiser."""
+    """Training steps of this build, in --dtype, and of the plain one, in fp32, alternately, each with its own batch size and
+    optimiser; and how much of the rate of large matrix products the former reach."""
     config = Config(words=tuple(f"word{i}" for i in range(40)))
     fast, plain = VLA(config).to(device), Plain(VLA(dataclasses.replace(config, keep=80))).to(device)
+    matrix = torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype))
 
     def fast_loss(images, state, text, requests=25):
         """As in train_step: a batch words each of the 25 requests in one way; no frame has a second sentence."""
@@ -422,23 +437,31 @@ def bench(rounds=12):
             out = fast(images, state, text[:requests], sentence=torch.arange(len(images)) % requests)
         return sum(o.float().abs().mean() for o in out)
 
-    builds = ((fast_loss, make_optimizers(fast), args.batch_size, []),
-              (lambda *batch: plain(*batch).abs().mean(), [torch.optim.AdamW(plain.parameters(), lr=1e-4)], 32, []))
-    for _ in range(rounds + 2):
-        for loss, optimizers, n, times in builds:
-            begun = time.perf_counter()
-            loss(torch.randint(0, 256, (n, 2, 64, 64, 3), dtype=torch.uint8, device=device),
-                 torch.randn(n, config.state_size, device=device),
-                 torch.randint(1, 40, (n, config.max_text), device=device)).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - begun) / n)
-    fast_rate, plain_rate = (1 / float(np.median(times[2:])) for *_, times in builds)
-    print(f"{fast_rate:.0f} samples/s, plain build {plain_rate:.0f} samples/s: {fast_rate / plain_rate:.1f} times ({dtype}, "
-          f"{device}, {torch.get_num_threads()} threads)")
+    def step(loss, optimizers, n):
+        loss(torch.randint(0, 256, (n, 2, 64, 64, 3), dtype=torch.uint8, device=device),
+             torch.randn(n, config.state_size, device=device),
+             torch.randint(1, 40, (n, config.max_text), device=device)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def seconds(work, *given):
+        begun = time.perf_counter()
+        work(*given)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    n, builds = args.batch_size, ((fast_loss, make_optimizers(fast), args.batch_size),
+                                  (lambda *batch: plain(*batch).abs().mean(), [torch.optim.AdamW(plain.parameters(), lr=1e-4)], 32))
+    times = [(*(seconds(step, *build) for build in builds), seconds(torch.mm, matrix, matrix)) for _ in range(rounds + 2)]
+    mine, theirs, product = np.median(times[2:], 0)
+    with FlopCounterMode(display=False) as counter:
+        step(*builds[0])
+    flops, peak = counter.get_total_flops(), 2 * 2048 ** 3 / product
+    print(f"{n / mine:.0f} samples/s, plain build {32 / theirs:.0f} samples/s: {n / mine * theirs / 32:.1f} times; {flops / n / 1e9:.2f} GFLOP a "
+          f"sample, {100 * flops / mine / peak:.0f}% of the {peak / 1e9:.0f} GFLOP/s of large matrix products ({dtype}, {device}, "
+          f"{torch.get_num_threads()} threads)")
 
 
 torch.use_deterministic_algorithms(device == "cpu", warn_only=True)   # two threads add up a gradient in a fixed order
@@ -474,7 +497,7 @@ made = time.time() - clock
 try:
     cameras, known_tasks, data, requests = load(files, STATES[state_kind], chosen_cameras)
 except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-    fail(f"{args.data} cannot be used ({str(error).strip()}); delete it or give another --data")
+    fail(f"{args.data} cannot be used ({str(error).strip()}); give another --data, or move it away and have one made")
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
 if not len(train_frames) or not len(valid_frames):
     fail(f"{args.data} is too small: it needs episodes to train on and, from another scene, to validate on")
@@ -587,7 +610,7 @@ for step in range(first_step, args.steps):
             f"{k} {v.item():.4f}" for k, v in valid.items()) + f"  {ms:.0f} ms/step  {left:.1f} min left", sys.stdout)
         sys.stdout.flush()
         began, measured = time.time(), done
-    if args.eval_interval and done % args.eval_interval == 0 and done < args.steps:
+    if saves_after(step) and done < args.steps:
         save(done)
     if RANKS > 1:                                              # they stop at the same step, and ask each other in every tenth
         stop = done % 10 == 0 and together(torch.tensor(len(stopped), device=device)).item()
