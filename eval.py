@@ -106,10 +106,7 @@ def read_ablations(path):
         found[name], told, note = folder / "ckpt.pt", shlex.join(common + own), folder / "flags.txt"
         if note.exists() and note.read_text() != told:
             fail(f"{folder} was trained with other flags ({note.read_text()}); delete it or give the line another name")
-        if (folder / "curve.png").exists():                    # which is what a training ends with
-            commit = torch.load(found[name], weights_only=True)["fingerprint"]["commit"]
-            print(f"{name}: trained at commit {commit}; to train it again, delete {folder}", flush=True)
-        else:
+        if not (folder / "curve.png").exists():                # which is what a training ends with
             print(f"{name}: {told}", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
             note.write_text(told)
@@ -152,6 +149,8 @@ if "policy" in policies:
             model.config.check()
         except ValueError as error:
             fail(error)
+for path, model in zip(paths, models) if ablations else ():
+    print(f"{path}: trained at commit {model.commit}; to train it again, delete its folder")
 if args.transfer and not (models and args.out):
     fail("--transfer needs checkpoints and --out")
 known = [task for task in TASKS if any(task in m.config.tasks for m in models)] or ["pick_place"]

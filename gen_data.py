@@ -1,7 +1,7 @@
 """The world and its demonstrations: scene, cameras, sentences, scripted expert, HDF5 writer.
 
     python gen_data.py --episodes 3000 --out data/demos.h5    # all cores, about 3 minutes on 2 of them
-    python gen_data.py --tasks all --episodes 6000 --out data/all.h5
+    python gen_data.py --tasks all --episodes 8000 --out data/all.h5
     python gen_data.py --info data/demos.h5                   # what is in a file, and data/demos.png
     python gen_data.py --bench                                # frames/s against bare physics + ray casting
 

@@ -522,6 +522,7 @@ class Policy(nn.Module):
             config = Config(**saved["config"])
             model = {"vla": VLA, "bc": BC}[config.model](config)
             model.load_state_dict(saved["weights"])
+            model.step, model.commit = saved.get("step"), saved.get("fingerprint", {}).get("commit")
         except FileNotFoundError:
             raise ValueError(f"there is no checkpoint {path}; python train.py makes out/ckpt.pt") from None
         except pickle.UnpicklingError:                         # nothing in a stranger's file is ever run
@@ -529,7 +530,6 @@ class Policy(nn.Module):
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{path} is not a checkpoint of this model ({reason})") from None
-        model.step = saved.get("step")
         return model.to(device).eval()
 
 

@@ -460,7 +460,7 @@ def live(scene):
     """MuJoCo's viewer in real time; sentences typed in the terminal are obeyed at once."""
     import mujoco.viewer                                       # needs a window system
     env, lines = scene.env, queue.Queue()
-    env.model.vis.map.stiffness = 250                          # 1/s^2: a block follows the mouse; MuJoCo's 100 hardly moves it, 400 shakes it
+    env.model.vis.map.stiffness = 250                          # 1/s^2: a block follows the mouse; MuJoCo's 100 hardly moves it
     try:
         window = mujoco.viewer.launch_passive(env.model, env.data, show_left_ui=False, show_right_ui=False)
     except RuntimeError as error:

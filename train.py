@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -379,6 +380,7 @@ def rate(step):
 
 
 def saves_after(step):
+    """Whether there is a checkpoint after this step."""
     return step + 1 == args.steps or args.eval_interval and (step + 1) % args.eval_interval == 0
 
 
@@ -618,7 +620,7 @@ for step in range(first_step, args.steps):
         stop = stopped
     if stop and done < args.steps:
         save(done)
-        print(f"stopped after {done} steps; python train.py --resume {args.out_dir} carries on", file=sys.stderr)
+        print(f"stopped after {done} steps; python train.py --resume {shlex.quote(str(args.out_dir))} carries on", file=sys.stderr)
         sys.exit(130)
 bar.close()
 save(args.steps)
