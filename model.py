@@ -1,12 +1,12 @@
 """The whole vision-language-action model, and a behaviour-cloning baseline. `python model.py` prints its size.
 
     front_image ──┐ conv stem   ┌──────────┐
-    wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ P tokens ──┐
-                                └──────────┘  │             │
-                                       2 pointers ▶ 2 tokens┤   ┌───────────┐      ┌──────┐
-    "pick up the red block .." ▶│ text, 2  │──┴▶ L tokens ──┼──▶│ fusion, 2 │─CLS─▶│ head │──▶ K actions
-    joints, hand, gripper ─────▶│ MLP      │───▶ 1 token  ──┤   └───────────┘      └──────┘
-                                             learned CLS ───┘
+    wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ P tokens ─mean─▶ 1 ┐
+                                └──────────┘  │                     │
+                                         2 pointers ────────────▶ 2 ┤   ┌─────────────┐        ┌──────┐
+    "pick up the red block .." ▶│ text, 2  │──┴▶ L tokens ─mean─▶ 1 ┼──▶│ attention,  │─mean──▶│ head │──▶ K actions
+    joints, hand, gripper ─────▶│ MLP      │──────────────────────▶ 1 ┘   │ 5 tokens, 1 │        └──────┘
+                                                                        └─────────────┘
 
 Dimension letters, used everywhere: B batch, V views (cameras), H W pixels, P patch tokens of all views, L text tokens,
 N all tokens, C width, S state numbers, K actions in a chunk, A numbers in an action.
@@ -47,7 +47,7 @@ class Config:
     words: tuple = ()                 # every word of the training sentences
     max_text: int = 16                # L: words, or characters; shorter sentences are padded to it
     pointers: int = 1                 # 1: with the two pointers
-    fusion: str = "transformer"       # transformer, attention, concat or multiply
+    fusion: str = "attention"         # attention, transformer, concat or multiply
     head: str = "continuous"          # continuous, tokens or flow
     loss: str = "l1"                  # l1 or mse, of the continuous head
     bins: int = 256                   # of the tokens head, for each number of an action
@@ -56,7 +56,7 @@ class Config:
     patch: int = 8                    # px
     width: int = 128                  # C
     heads: int = 4
-    layers: int = 2                   # of each of the three transformers
+    layers: int = 2                   # of each transformer
     chunk: int = 8                    # K actions predicted at a look
     execute: int = 4                  # of them carried out before the next look
     ensemble: bool = False            # instead: look at every step and average what all chunks say about it
@@ -357,7 +357,7 @@ class Multiply(OneEach):
         return torch.stack([1 + layer(x[:, i]) for i, layer in enumerate(self.maps)]).prod(0)
 
 
-FUSIONS = dict(transformer=Transformer, attention=Attention, concat=Concat, multiply=Multiply)
+FUSIONS = dict(attention=Attention, transformer=Transformer, concat=Concat, multiply=Multiply)
 
 
 # ----------------------------------------------------------------------------- action heads
@@ -640,5 +640,5 @@ if __name__ == "__main__":
         print(f"{name:10}{str(shapes[name]):>20}{sum(p.numel() for m in modules for p in m.parameters()):12,}"
               f"{work[name] // 2:15,}{work[name] / total:8.1%}")
     rest = total - sum(work.values())
-    print(f"{'keys':10}{'':>20}{'(fusion)':>12}{rest // 2:15,}{rest / total:8.1%}")
+    print(f"{'rest':10}{'':>32}{rest // 2:15,}{rest / total:8.1%}")
     print(f"{'all':10}{'':>20}{sum(p.numel() for p in model.parameters()):12,}{total // 2:15,}{1:8.1%}")

@@ -45,8 +45,8 @@ def fail(message):
 
 # ----------------------------------------------------------------------------- settings
 RECIPES = dict(picovla={}, classic=dict(                       # as small VLAs are taught: no clue but the actions
-    vision="vit", keep=64, cameras="front", text="char", pointers=0, chunk=1, loss="mse", ground=0.0, goal=0.0, relabel=0,
-    release=1.0, word_dropout=0.0, shuffle_names=0, optimizer="adamw", adam_lr=1e-4, batch_size=32, steps=2000))
+    vision="vit", keep=64, cameras="front", text="char", pointers=0, fusion="transformer", chunk=1, loss="mse", ground=0.0, goal=0.0,
+    relabel=0, release=1.0, word_dropout=0.0, spread=0, shuffle_names=0, optimizer="adamw", adam_lr=1e-4, batch_size=32, steps=2000))
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.error, add = fail, parser.add_argument                 # one sentence, without the usage
@@ -61,6 +61,8 @@ add("--adam_lr", type=float, default=2e-3, help="AdamW's, for everything else (d
 add("--optimizer", default="muon", choices=("muon", "adamw"), help="adamw: AdamW for everything (default muon)")
 add("--word_dropout", type=float, default=0.1, help="share of a sentence's other words than colours and directions that are "
     "left out in training (default 0.1; characters stay)")
+add("--spread", type=int, default=None, choices=(0, 1), help="1: gaps at random between the words of a sentence, so that their order "
+    "counts and not their number (default 1 with word text)")
 add("--shuffle_names", type=int, default=None, choices=(0, 1), help="1: other colours in the words that are read in their context, "
     "so that only the pointers' names depend on them (default 1 with pointers)")
 add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where there are patches to look at)")
@@ -79,8 +81,8 @@ add("--state", default=None, choices=tuple(STATES), help="proprio: 14 numbers th
     "answer; none (default proprio; bc: full)")
 add("--pointers", type=int, default=1, choices=(0, 1), help="1: two pointers from words to patches, for the thing and "
     "its place (default 1)")
-add("--fusion", default="transformer", choices=tuple(FUSIONS), help="transformer over all tokens; or attention, concat or multiply "
-    "of one vector for each modality (default transformer)")
+add("--fusion", default="attention", choices=tuple(FUSIONS), help="of one vector for each modality: attention between them, concat or "
+    "multiply; or a transformer over all tokens (default attention)")
 add("--head", default="continuous", choices=tuple(HEADS), help="continuous: regression; tokens: bins and cross-entropy; flow: flow "
     "matching (default continuous)")
 add("--loss", default=None, choices=("l1", "mse"), help="of the continuous head (default l1)")
@@ -145,7 +147,7 @@ for flag, head in (("loss", "continuous"), ("bins", "tokens"), ("flow_steps", "f
 parts = ("vision", "keep", "frames", "text", "text_encoder", "pointers", "fusion", "head", "loss", "bins", "flow_steps", "chunk",
          "ensemble", "width", "heads", "layers")               # flags that are fields of Config
 if args.model == "bc":
-    if odd := [flag for flag in (*parts, "cameras", "execute", "lr", "relabel", "word_dropout", "shuffle_names", "ground", "goal")
+    if odd := [flag for flag in (*parts, "cameras", "execute", "lr", "relabel", "word_dropout", "spread", "shuffle_names", "ground", "goal")
                if getattr(args, flag) != parser.get_default(flag)]:
         fail(f"--{odd[0]} is about the vla; --model bc has only a state and one action, and AdamW")
     parts, args.chunk, args.execute = (), 1, 1
@@ -158,11 +160,14 @@ chosen_cameras = [] if args.model == "bc" else None if args.cameras is None else
 groundable = args.vision != "cnn" and (args.pointers or args.fusion == "transformer" and args.heads > 1)
 if args.ground and not groundable:
     fail("--ground pulls attention onto patches; " + ("--vision cnn has none" if args.vision == "cnn" else
-                                                      f"without pointers --fusion {args.fusion} with --heads {args.heads} does not look at them"))
+                                                      "without pointers only --fusion transformer with --heads 2 or more looks at them"))
 args.ground = 0.1 * groundable if args.ground is None else args.ground
 if args.shuffle_names and not args.pointers:
     fail("--shuffle_names leaves colours to the pointers' names; with --pointers 0 nobody would hear them")
 args.shuffle_names = args.pointers if args.shuffle_names is None else args.shuffle_names
+if args.spread and args.text == "char":
+    fail("--spread puts gaps between words; --text char has none to put them between")
+args.spread = int(args.text == "word") if args.spread is None else args.spread
 try:
     config = Config(model=args.model, state=state_kind, execute=args.execute, max_text=16 if args.text == "word" else 96,
                     **{flag: getattr(args, flag) for flag in parts if getattr(args, flag) is not None} | dict(chunk=args.chunk))
@@ -267,8 +272,15 @@ def together(x):
 def draw_text(keys, rng):
     """Sentences (U, L) for the distinct requests `keys`, each worded in one way, twice: as words in their context, with some
     left out and with other colours, and as they are, for the names (see VLA.read). What is left out teaches other wordings
-    than those of the file; colours and the like, which carry the meaning, stay."""
+    than those of the file; colours and the like, which carry the meaning, stay. Gaps do so too: longer sentences than those of
+    the file have words at places where there never was one (randomized positions: arXiv:2305.16843)."""
     names = torch.stack([tokens[k][rng.integers(len(tokens[k]))] for k in keys])
+    if args.spread:
+        for i, row in enumerate(names.tolist()):
+            words = [word for word in row if word]
+            room = len(words) + rng.integers(len(row) - len(words) + 1)        # from as they are to all over the row
+            names[i] = 0
+            names[i, np.sort(rng.permutation(room)[:len(words)])] = torch.tensor(words)
     dropped = torch.from_numpy(rng.random(names.shape) < args.word_dropout) & ~torch.isin(names, meaning)
     table = torch.arange(1 + max(len(config.words), 99)).repeat(len(names), 1)
     if args.shuffle_names:
@@ -406,8 +418,8 @@ def train_step(step):
 
 # ----------------------------------------------------------------------------- the plain build, for --bench
 class Plain(torch.nn.Module):
-    """The same architecture as a first draft would build it: nn.TransformerEncoderLayer with dropout 0.1, every patch a
-    token, every row in every layer, the sentence encoded once per sample."""
+    """What a first draft would build: nn.TransformerEncoderLayer with dropout 0.1, every patch a token, all tokens fused, every
+    row in every layer, the sentence encoded once per sample."""
 
     def __init__(self, model):
         super().__init__()
@@ -430,7 +442,7 @@ def bench(rounds=12):
     """Training steps of this build, in --dtype, and of the plain one, in fp32, alternately, each with its own batch size and
     optimiser; and how much of the rate of large matrix products the former reach."""
     config = Config(words=tuple(f"word{i}" for i in range(40)))
-    fast, plain = VLA(config).to(device), Plain(VLA(dataclasses.replace(config, keep=80))).to(device)
+    fast, plain = VLA(config).to(device), Plain(VLA(dataclasses.replace(config, keep=80, fusion="transformer"))).to(device)
     matrix = torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype))
 
     def fast_loss(images, state, text, requests=25):
