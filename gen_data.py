@@ -38,7 +38,7 @@ from tqdm import tqdm
 PHYSICS_DT = 0.005                     # s, 200 Hz
 SUBSTEPS = 10                          # physics steps per control step: 20 Hz control
 CONTROL_HZ = 20
-RAMP = (0.2, 0.4, 0.6, 0.8, 1.0)       # share of a control step's joint motion commanded by each fifth of it
+RAMP = np.arange(1, 6)[:, None] / 5    # share of a control step's joint motion commanded by each fifth of it
 ACTION_NAMES = ("dx", "dy", "dz", "gripper")
 ACTION_SCALE = 0.03                    # m of hand motion per control step at action 1
 MAX_STEPS = 200                        # control steps (10 s) before an episode is cut off
@@ -52,6 +52,7 @@ PAD_RADIUS = 0.045                     # m
 AREA = np.array([[0.36, -0.15], [0.64, 0.22]])                 # m, where blocks and pads are put (x, y)
 WORKSPACE = np.array([[0.28, -0.32, 0.004], [0.72, 0.32, 0.35]])  # m, where the hand may be commanded
 HOME = np.array([0, -0.2, 0, -2.2, 0, 2.0, 0.785])             # rad, start of the IK and its null-space pull
+DAMPING = 1e-4 * np.eye(6)             # m² and rad², of the IK
 LEASH = 0.04                           # m, how far the commanded hand may run ahead of the real one
 GRIPPER_OPEN = 0.035                   # m, travel of each finger
 DRAWER = 0.13                          # m, travel of the drawer
@@ -119,10 +120,14 @@ def is_held_out(task, slots):
     return any(combination.items() <= slots.items() for combination in HELD_OUT.get(task, ()))
 
 
+def slots_of(task, words):
+    """Every way to fill the task's slots from `words`, a dict of words for each kind of slot."""
+    return [dict(zip(TASKS[task].slots, chosen)) for chosen in itertools.product(*(words[slot] for slot in TASKS[task].slots))]
+
+
 def all_requests(tasks):
     """Every (task, slots) that could ever be asked for; its order numbers the requests of a data file."""
-    return [(task, dict(zip(TASKS[task].slots, words))) for task in tasks
-            for words in itertools.product(*(SLOTS[slot] for slot in TASKS[task].slots))]
+    return [(task, slots) for task in tasks for slots in slots_of(task, SLOTS)]
 
 
 def parse_instruction(text):
@@ -225,13 +230,14 @@ class RayCamera:
     """Pictures from MuJoCo's ray caster: no OpenGL, no driver, the same bytes on every run.
 
     Shading is Lambert's with one light and an ambient term; colours are the model's geom_rgba. Rays are cast only
-    inside the projected boxes of the geoms, and only against the geom groups in view; every other pixel is table
-    or sky, known without casting. A third of the time for the same picture (test_smoke.py compares them)."""
+    inside the projected boxes of the geoms, long ones in pieces, and only against the geom groups in view; every other pixel
+    is table or sky, known without casting. A third of the time for the same picture (test_smoke.py compares them)."""
 
     LIGHT = np.array([0.35, -0.45, 0.82])                      # direction towards the light, world frame
     AMBIENT, DIFFUSE = 0.45, 0.55
     SKY = (150, 165, 180)
     CORNERS = np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, 8)
+    FLIP = np.array([0.5, -0.5])                               # y is up in space, down in a picture
     MIDDLES = np.array([[-1e-6], [1e-6], [-1e-6], [1e-6]]) - 0.5         # a ray goes through the middle of its pixel
 
     def __init__(self, model, name, size=IMAGE_SIZE):
@@ -253,15 +259,17 @@ class RayCamera:
         boxes, self.owner = [], []                             # long geoms in pieces, whose rectangles on the screen are smaller
         for geom in np.flatnonzero(np.arange(model.ngeom) != self.table):
             middle, half = model.geom_aabb[geom].reshape(2, 3)           # in the geom's frame
-            n, along = int(half.max() / np.median(half) + 0.5), np.arange(3) == half.argmax()
+            n, along = min(int(half.max() / np.median(half) + 0.5), 8), np.arange(3) == half.argmax()
             for i in range(n):
                 boxes.append((middle + along * half * ((2 * i + 1) / n - 1))[:, None]
                              + self.CORNERS * np.where(along, half / n, half)[:, None])
                 self.owner.append(geom)
-        self.boxes, self.group = np.array(boxes), model.geom_group[self.owner]           # (pieces, 3, 8), (pieces,)
+        self.boxes, self.owner = np.array(boxes), np.array(self.owner)   # (pieces, 3, 8), (pieces,) geom ids
+        self.group = model.geom_group[self.owner]
 
     def render(self, data, cull=True):
-        """(size, size, 3) uint8 of `data`, which must have had mj_kinematics and mj_camlight."""
+        """(size, size, 3) uint8 of `data`, which must have had mj_kinematics and mj_camlight. Leaves in `hits` the geom ids of
+        all pixels that show more than table and sky."""
         turn, pos = data.cam_xmat[self.id].reshape(3, 3), data.cam_xpos[self.id]
         rgba = self.model.geom_rgba[:, :3].astype(np.float32) * 255
         flat = np.float32(self.strength * (self.AMBIENT + self.DIFFUSE * self.light[2]))
@@ -273,21 +281,19 @@ class RayCamera:
             image[sky], geoms[sky] = self.SKY, -1
         pixels, groups = self._candidates(data) if cull else (np.arange(len(image)), None)
         n = len(pixels)
-        if n:
-            geom, dist, normal = np.empty(n, np.int32), np.empty(n), np.empty((n, 3))
-            rays = self.rays.take(pixels, 0) @ turn.T        # take: four times as fast as []
-            mujoco.mj_multiRay(self.model, data, pos, rays.reshape(-1), groups, True, -1,
-                               geom, dist, normal.reshape(-1), n, mujoco.mjMAXVAL)
-            # what is sunk into the table is hidden by it
-            hit = np.flatnonzero((geom >= 0) & (pos[2] + dist * rays[:, 2] > -1e-9))
-            pixels, geom = pixels[hit], geom[hit]
-            light = self.strength * (np.maximum(normal.take(hit, 0) @ self.light, 0) * self.DIFFUSE + self.AMBIENT)
-            image[pixels] = np.minimum(rgba.take(geom, 0) * light.astype(np.float32)[:, None], 255)
-            geoms[pixels] = geom
+        geom, dist, normal = np.empty(n, np.int32), np.empty(n), np.empty((n, 3))
+        rays = self.rays.take(pixels, 0) @ turn.T              # take: four times as fast as []
+        mujoco.mj_multiRay(self.model, data, pos, rays.reshape(-1), groups, True, -1, geom, dist, normal.reshape(-1), n, mujoco.mjMAXVAL)
+        # what is sunk into the table is hidden by it
+        hit = np.flatnonzero((geom >= 0) & (pos[2] + dist * rays[:, 2] > -1e-9))
+        pixels, self.hits = pixels[hit], geom[hit]
+        light = self.strength * (np.maximum(normal.take(hit, 0) @ self.light, 0) * self.DIFFUSE + self.AMBIENT)
+        image[pixels] = np.minimum(rgba.take(self.hits, 0) * light.astype(np.float32)[:, None], 255)
+        geoms[pixels] = self.hits
         return image.reshape(self.size, self.size, 3)
 
     def _candidates(self, data):
-        """Pixels (n,) inside the screen rectangle of some geom's bounding box; geom groups (6,) uint8 in view."""
+        """Pixels (n,) inside the screen rectangle of some geom's bounding box, or of a piece of it; geom groups (6,) uint8 in view."""
         view = data.cam_xmat[self.id].reshape(3, 3)
         turn = view.T @ data.geom_xmat[self.owner].reshape(-1, 3, 3)
         offset = (data.geom_xpos[self.owner] - data.cam_xpos[self.id]) @ view
@@ -310,7 +316,7 @@ class RayCamera:
         """World points (..., 3) in metres to image coordinates (..., 2): x right, y down, the picture is 0..1."""
         local = (points - data.cam_xpos[self.id]) @ data.cam_xmat[self.id].reshape(3, 3)
         depth = np.maximum(-local[..., 2:], 1e-3)
-        uv = local[..., :2] / depth / self.half * [0.5, -0.5] + 0.5
+        uv = local[..., :2] / depth / self.half * self.FLIP + 0.5
         return np.where(local[..., 2:] < 0, uv, -1.0)          # behind the camera: outside the picture
 
 
@@ -335,8 +341,8 @@ class Env:
             if name not in known:
                 raise ValueError(f"{name!r} is not one of {', '.join(known)}")
         self.tasks, self.n_blocks, self.n_pads = tuple(tasks), n_blocks + CROWD * (split == "crowd"), n_pads
-        if max(self.n_blocks, n_pads) > len(COLORS):
-            raise ValueError(f"there are {len(COLORS)} colours, and {self.n_blocks} blocks or {n_pads} pads of one each are too many")
+        if not 1 <= min(self.n_blocks, n_pads) <= max(self.n_blocks, n_pads) <= len(COLORS):
+            raise ValueError(f"there must be 1 to {len(COLORS)} blocks and pads, each of one of {len(COLORS)} colours, not {self.n_blocks} and {n_pads}")
         self.split, self.guard = split, guard
         self.factors = tuple(FACTORS) if randomize_only is None else (randomize_only,)
         self.late, self.pixel_noise = False, 0.0               # whether actions arrive one control step late; of 255
@@ -409,6 +415,7 @@ class Env:
         names = list(COLORS)
         self.block_colors = [names[i] for i in rng.permutation(len(names))[:self.n_blocks]]
         self.pad_colors = [names[i] for i in rng.permutation(len(names))[:self.n_pads]]
+        self.askable = {}                                        # requests(task), for this scene
         for geom, color in zip(self.thing_geom, self.block_colors + self.pad_colors):
             m.geom_rgba[geom, :3] = COLORS[color]
         if self.randomize and "color" in self.factors:
@@ -495,8 +502,10 @@ class Env:
 
     def requests(self, task):
         """All slots of the task that this scene has words for."""
-        words = SLOTS | dict(block=self.block_colors, lower=self.block_colors, pad=self.pad_colors)
-        return [dict(zip(TASKS[task].slots, chosen)) for chosen in itertools.product(*(words[slot] for slot in TASKS[task].slots))]
+        if task not in self.askable:
+            words = SLOTS | dict(block=self.block_colors, lower=self.block_colors, pad=self.pad_colors)
+            self.askable[task] = slots_of(task, words)
+        return self.askable[task]
 
     def can_ask(self, task, slots):
         """Whether it can be done from here and is not done yet."""
@@ -548,7 +557,7 @@ class Env:
             action, self.delayed = self.delayed, action
         safe, counts = action, self.guarded
         if self.guard:
-            safe = np.clip(action, -1, 1)
+            safe = action.clip(-1, 1)
             counts["action"] += int((safe != action).any())
         motion = safe[:3] * ACTION_SCALE
         if self.guard and (speed := np.linalg.norm(motion) * CONTROL_HZ) > SPEED_LIMIT:
@@ -557,15 +566,15 @@ class Env:
         if self.guard:
             if self.last_force > FORCE_LIMIT:
                 wanted, counts["force"] = self.ee_pos + [0, 0, 0.01], counts["force"] + 1
-            target = np.clip(wanted, *WORKSPACE)
+            target = wanted.clip(*WORKSPACE)
             counts["box"] += int((target != wanted).any())
-        self.command = self.ee_pos + np.clip(target - self.ee_pos, -LEASH, LEASH)
+        self.command = self.ee_pos + (target - self.ee_pos).clip(-LEASH, LEASH)
         before = self.q_command
         self._solve_ik(self.command)
         self.data.ctrl[self.grip] = GRIPPER_OPEN if safe[3] > 0 else 0.0
         self.last_force = 0.0
-        for part in RAMP:                                      # a jump of the servos would shake the block loose
-            self.data.ctrl[:7] = before + part * (self.q_command - before)
+        for joints in before + RAMP * (self.q_command - before):         # a jump of the servos would shake the block loose
+            self.data.ctrl[:7] = joints
             mujoco.mj_step(self.model, self.data, SUBSTEPS // len(RAMP))
             self.last_force = max(self.last_force, float(self.data.sensordata[::3].max(initial=0)))    # at any contact of a block
         self.force = max(self.force, self.last_force)
@@ -588,10 +597,10 @@ class Env:
         turn = 0.5 * (yz - zy), 0.5 * (xz + zx), -0.5 * (xy + yx)     # rad, to x, y, z = (1,0,0), (0,-1,0), (0,0,-1)
         error = np.concatenate([target - d.site_xpos[self.arm_hand], turn])
         home = 0.05 * (HOME - self.q_command)                  # redundancy: drift back to a comfortable elbow
-        dual = np.linalg.solve(jac @ jac.T + 1e-4 * np.eye(6), error - jac @ home)
+        dual = np.linalg.solve(jac @ jac.T + DAMPING, error - jac @ home)
         q = self.q_command + jac.T @ dual + home
         margin = JOINT_MARGIN if self.guard else 0.0
-        self.q_command = np.clip(q, self.limits[:, 0] + margin, self.limits[:, 1] - margin)
+        self.q_command = q.clip(self.limits[:, 0] + margin, self.limits[:, 1] - margin)
         self.guarded["joint"] += int(self.guard and (q != self.q_command).any())
 
     def _refresh(self, moved=True):
@@ -683,7 +692,7 @@ def act(motion, gripper):
     """Speed-limited action towards `motion` (3,) m; gripper 1 opens, -1 closes."""
     a = 0.6 * np.asarray(motion) / ACTION_SCALE
     a[:2] /= max(1.0, np.hypot(*a[:2]))
-    return np.array([*a[:2], np.clip(a[2], -0.8, 0.8), gripper], np.float32)
+    return np.array([*a[:2], min(max(a[2], -0.8), 0.8), gripper], np.float32)
 
 
 def funnel(across, near, slope):
@@ -696,7 +705,7 @@ def approach(hand, across, low, above):
     """Motion (3,) in m that goes `across` (2,) m at TRAVEL height and down to `low` m, for the time being `above` m higher."""
     height = min(low + above, max(TRAVEL, low))
     if np.hypot(*across) > 0.03:                               # first rise, then travel
-        across = across * np.clip((hand[2] - 0.06) / 0.05, 0, 1)
+        across = across * min(max((hand[2] - 0.06) / 0.05, 0), 1)
     return [*across, height - hand[2]]
 
 
@@ -1033,7 +1042,7 @@ def demonstrate(env, seed, noise=1.0):
             if drop_left:
                 noisy[3] = -noisy[3]
                 drop_left -= 1
-            obs, reward, success, truncated, info = env.step(np.clip(noisy, -1, 1))
+            obs, reward, success, truncated, info = env.step(noisy.clip(-1, 1))
             frames.append(row | dict(rewards=np.float32(reward), dones=np.uint8(success)))
             if success or truncated or info["diverged"] or len(frames) >= until:
                 break
@@ -1059,7 +1068,7 @@ def seen_at(env, camera):
     """(things, 2) float32: where each block, each pad and the handle is in the picture just rendered, 0..1 (x right,
     y down), -1 where fewer than 3 pixels of it show. The labels of train.py's grounding loss."""
     uv = camera.project(env.data, env.thing_pos)
-    pixels = np.bincount(camera.geom.reshape(-1) + 1, minlength=env.model.ngeom + 1)[1:]
+    pixels = np.bincount(camera.hits, minlength=env.model.ngeom)
     shows = (pixels[env.thing_geom] >= 3) & (np.abs(uv - 0.5) < 0.5).all(1)
     return np.where(shows[:, None], uv, -1).astype(np.float32)
 
@@ -1305,6 +1314,7 @@ def info(path):
 def benchmark(scenes=25):
     """Prints recorded frames/s on one core beside the bare rate: physics and one full ray-cast picture a step."""
     env, recorders = Env(cameras=()), {"front": Env(cameras=["front"]), "front + wrist": Env(cameras=["front", "wrist"])}
+    env.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR         # the guard's, not physics
     camera, n = RayCamera(env.model, "front"), IMAGE_SIZE ** 2
     buffers = np.empty(n, np.int32), np.empty(n), np.empty(3 * n)
     done = {name: np.zeros(2) for name in ("bare", *recorders)}              # frames, seconds

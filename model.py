@@ -1,12 +1,12 @@
 """The whole vision-language-action model, and a behaviour-cloning baseline. `python model.py` prints its size.
 
     front_image ──┐ conv stem   ┌──────────┐
-    wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ P tokens ─mean─▶ 1 ┐
-                                └──────────┘  │                     │
-                                         2 pointers ────────────▶ 2 ┤   ┌─────────────┐        ┌──────┐
-    "pick up the red block .." ▶│ text, 2  │──┴▶ L tokens ─mean─▶ 1 ┼──▶│ attention,  │─mean──▶│ head │──▶ K actions
-    joints, hand, gripper ─────▶│ MLP      │──────────────────────▶ 1 ┘   │ 5 tokens, 1 │        └──────┘
-                                                                        └─────────────┘
+    wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ P tokens ─mean▶ 1 ┐
+                                └──────────┘  │                    │
+                                         2 pointers ───────────▶ 2 ┤   ┌─────────────┐        ┌──────┐
+    "pick up the red block .." ▶│ text, 2  │──┴▶ L tokens ─mean▶ 1 ┼──▶│ attention,  │─mean──▶│ head │──▶ K actions
+    joints, hand, gripper ─────▶│ MLP      │───────────────────▶ 1 ┘   │ 5 tokens, 1 │        └──────┘
+                                                                       └─────────────┘
 
 Dimension letters, used everywhere: B batch, V views (cameras), H W pixels, P patch tokens of all views, L text tokens,
 N all tokens, C width, S state numbers, K actions in a chunk, A numbers in an action.
@@ -56,7 +56,7 @@ class Config:
     patch: int = 8                    # px
     width: int = 128                  # C
     heads: int = 4
-    layers: int = 2                   # of each transformer
+    layers: int = 2                   # of each transformer; the fusion's attention has one
     chunk: int = 8                    # K actions predicted at a look
     execute: int = 4                  # of them carried out before the next look
     ensemble: bool = False            # instead: look at every step and average what all chunks say about it
@@ -136,7 +136,7 @@ class Block(nn.Module):
     def forward(self, x, others=None, rows=None):
         """(B, N, C) to (B, N, C). The tokens look at themselves and at `others`, keys() of more tokens, (B, heads, M,
         2 C / heads), which stay as they are. With `rows`, only that many first tokens are computed, and the attention
-        logits (B, heads, rows, N + M) come back too: the last layer needs nothing but the CLS row."""
+        logits (B, heads, rows, N + M) come back too: the last layer of Transformer needs nothing but the CLS row."""
         keys = self.keys(x) if others is None else torch.cat([self.keys(x), others], 2)
         k, v = keys.chunk(2, -1)
         x = x[:, :rows]

@@ -297,7 +297,7 @@ def count_attention(n):
 
 
 def draw_pipeline(scene, path):
-    """One figure of one look: pictures as patches, words, state, what each encoder makes of them, the pointers, the CLS token,
+    """One figure of one look: pictures as patches, words, state, what each encoder makes of them, the pointers, the fused vector,
     and the chunk of actions."""
     import matplotlib
     matplotlib.use("Agg")                                      # draws without a display
@@ -344,7 +344,7 @@ def draw_pipeline(scene, path):
     patches, words, fused = seen["vision"][0][0], seen["text"][0, :len(words)], seen["fusion"][0]
     for i, (title, tokens) in enumerate(((f"patch tokens {tuple(patches.shape)}, less their mean", patches - patches.mean(0)),
                                          (f"word tokens {tuple(words.shape)}, less their mean", words - words.mean(0)),
-                                         (f"CLS token, fused: {fused.numel()} numbers", fused.reshape(np.gcd(fused.numel(), 8), -1)))):
+                                         (f"fused: {fused.numel()} numbers", fused.reshape(np.gcd(fused.numel(), 8), -1)))):
         axes, limit = panel(2, slice(3 * i, 3 * i + 3), title), 2 * tokens.std().item()
         axes.imshow(tokens.numpy(), vmin=-limit, vmax=limit, cmap="coolwarm", aspect="auto")
         axes.set_xticks([]), axes.set_yticks([])

@@ -65,7 +65,8 @@ add("--spread", type=int, default=None, choices=(0, 1), help="1: gaps at random 
     "counts and not their number (default 1 with word text)")
 add("--shuffle_names", type=int, default=None, choices=(0, 1), help="1: other colours in the words that are read in their context, "
     "so that only the pointers' names depend on them (default 1 with pointers)")
-add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where there are patches to look at)")
+add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where pointers, or CLS heads of "
+    "--fusion transformer, look at patches)")
 add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
 add("--release", type=float, default=5.0, help="how many times more the gripper's error counts where closed fingers should let go of "
     "a thing at its place (default 5)")
@@ -271,7 +272,7 @@ def together(x):
 
 def draw_text(keys, rng):
     """Sentences (U, L) for the distinct requests `keys`, each worded in one way, twice: as words in their context, with some
-    left out and with other colours, and as they are, for the names (see VLA.read). What is left out teaches other wordings
+    left out and with other colours, and as they are but for the gaps, for the names (see VLA.read). What is left out teaches other wordings
     than those of the file; colours and the like, which carry the meaning, stay. Gaps do so too: longer sentences than those of
     the file have words at places where there never was one (randomized positions: arXiv:2305.16843)."""
     names = torch.stack([tokens[k][rng.integers(len(tokens[k]))] for k in keys])
@@ -335,7 +336,7 @@ def losses(frames, relabel, rng):
     terms = dict(action=action, goal=misplaced / (6 * rows))
     if not groundable:
         return terms
-    # the pointers, and after them two heads of the CLS token, are to look at the patches that hold the thing and its place
+    # the pointers, and after them two heads of the CLS token where there is one, are to look at the patches that hold the thing and its place
     things = torch.cat([data["things"][frames], data["other_things"][frames[:relabel]]]).repeat(1, attention.shape[1] // 2)
     row = torch.arange(len(twice))[:, None]
     uv, first, looks, seen_in = data["uv"][twice], 0, 0, 0
