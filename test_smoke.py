@@ -843,6 +843,10 @@ def hostile(trained):
     torch.save(saved, trained / "foreign.pt")
     (trained / "torn").mkdir()
     (trained / "torn/resume.pt").write_bytes((trained / "out/resume.pt").read_bytes()[:-5000])
+    (trained / "older").mkdir()                                # as of a train.py that did not have --spread yet
+    resume = torch.load(trained / "out/resume.pt", weights_only=True)
+    del resume["settings"]["spread"]
+    torch.save(resume, trained / "older/resume.pt")
     BC(Config(model="bc", state="full", cameras=(), chunk=1, execute=1)).save(trained / "bc.pt")
     return trained
 
@@ -897,6 +901,7 @@ BAD = [
     ("train.py --data demos.h5 --out_dir new --pointers 0 --fusion transformer --heads 1 --ground 1", "--heads 2 or more"),
     ("train.py --data demos.h5 --out_dir new --model bc --relabel 3", "--relabel is about the vla"),
     ("train.py --data demos.h5 --resume torn", "cannot be resumed from"),
+    ("train.py --data demos.h5 --resume older", "--spread is new or gone"),
     ("train.py --data demos.h5 --out_dir out --resume --model bc", "another configuration"),
     ("gen_data.py --randomize 3 --out new.h5", "--randomize must be from 0 to 1"),
     ("gen_data.py --randomize 1 --randomize_only gravity --out new.h5", "'light'"),

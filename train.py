@@ -62,7 +62,7 @@ add("--optimizer", default="muon", choices=("muon", "adamw"), help="adamw: AdamW
 add("--word_dropout", type=float, default=0.1, help="share of a sentence's other words than colours and directions that are "
     "left out in training (default 0.1; characters stay)")
 add("--spread", type=int, default=None, choices=(0, 1), help="1: gaps at random between the words of a sentence, so that their order "
-    "counts and not their number (default 1 with word text)")
+    "counts and not their places (default 1 with word text)")
 add("--shuffle_names", type=int, default=None, choices=(0, 1), help="1: other colours in the words that are read in their context, "
     "so that only the pointers' names depend on them (default 1 with pointers)")
 add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where pointers, or CLS heads of "
@@ -115,6 +115,7 @@ add("--eval_episodes", type=int, default=200, help="episodes of the closed-loop 
 add("--log_interval", type=int, default=100, help="steps between lines of the log (default 100)")
 add("--bench", action="store_true", help="only time training steps against the plain build, on made-up data")
 args = parser.parse_args()
+kept = vars(args).keys() - {"resume", "overwrite", "out_dir"}  # settings that a checkpoint holds
 parser.set_defaults(**RECIPES[args.recipe])
 if args.resume is not None:
     resume_path = Path(args.resume or args.out_dir) / "resume.pt"
@@ -122,6 +123,8 @@ if args.resume is not None:
         fail(f"there is nothing to resume: {resume_path} is missing")
     try:
         saved = torch.load(resume_path, map_location="cpu", weights_only=True)
+        if odd := saved["settings"].keys() ^ kept:
+            raise ValueError(f"--{min(odd)} is new or gone since it was begun; go on with the train.py of then")
         parser.set_defaults(**saved["settings"], out_dir=resume_path.parent)
     except Exception as error:                                 # whatever a damaged file may cause
         fail(f"{resume_path} cannot be resumed from ({' '.join(str(error).split())[:200] or type(error).__name__}); if there is a "
@@ -272,9 +275,9 @@ def together(x):
 
 def draw_text(keys, rng):
     """Sentences (U, L) for the distinct requests `keys`, each worded in one way, twice: as words in their context, with some
-    left out and with other colours, and as they are but for the gaps, for the names (see VLA.read). What is left out teaches other wordings
-    than those of the file; colours and the like, which carry the meaning, stay. Gaps do so too: longer sentences than those of
-    the file have words at places where there never was one (randomized positions: arXiv:2305.16843)."""
+    left out and with other colours, and as they are, for the names (see VLA.read); both with the same gaps. What is left out
+    teaches other wordings than those of the file; colours and the like, which carry the meaning, stay. Gaps do so too: longer
+    sentences than those of the file have words at places where there never was one (randomized positions: arXiv:2305.16843)."""
     names = torch.stack([tokens[k][rng.integers(len(tokens[k]))] for k in keys])
     if args.spread:
         for i, row in enumerate(names.tolist()):
@@ -336,7 +339,7 @@ def losses(frames, relabel, rng):
     terms = dict(action=action, goal=misplaced / (6 * rows))
     if not groundable:
         return terms
-    # the pointers, and after them two heads of the CLS token where there is one, are to look at the patches that hold the thing and its place
+    # the pointers, and after them two heads of the CLS token where there is one, are to look at the patches of thing and place
     things = torch.cat([data["things"][frames], data["other_things"][frames[:relabel]]]).repeat(1, attention.shape[1] // 2)
     row = torch.arange(len(twice))[:, None]
     uv, first, looks, seen_in = data["uv"][twice], 0, 0, 0
@@ -576,7 +579,7 @@ if args.resume is not None:
 def save(step):
     if RANK:
         return
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("resume", "overwrite", "out_dir")}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k in kept}
     about = dict(step=step, settings=settings, fingerprint=fingerprint)
     try:
         model.save(ckpt_path, **about)
