@@ -129,18 +129,22 @@ class Block(nn.Module):
         for layer in (self.out, self.down):
             nn.init.zeros_(layer.weight)
 
+    def by_head(self, x):
+        """(B, N, n) to (B, heads, N, n / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def keys(self, x):
         """(B, N, C) to keys and values (B, heads, N, 2 C / heads)."""
-        return self.kv(self.norm1(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return self.by_head(self.kv(self.norm1(x)))
 
     def forward(self, x, others=None, rows=None):
         """(B, N, C) to (B, N, C). The tokens look at themselves and at `others`, keys() of more tokens, (B, heads, M,
         2 C / heads), which stay as they are. With `rows`, only that many first tokens are computed, and the attention
         logits (B, heads, rows, N + M) come back too: the last layer of Transformer needs nothing but the CLS row."""
-        keys = self.keys(x) if others is None else torch.cat([self.keys(x), others], 2)
-        k, v = keys.chunk(2, -1)
-        x = x[:, :rows]
-        q = self.q(self.norm1(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        y = self.norm1(x)
+        keys = self.by_head(self.kv(y))
+        k, v = (keys if others is None else torch.cat([keys, others], 2)).chunk(2, -1)
+        x, q = x[:, :rows], self.by_head(self.q(y[:, :rows]))
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         x = x + self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
         x = x + self.down(F.relu(self.up(self.norm2(x))).square())       # ReLU squared: Primer, arXiv:2109.08668
@@ -180,6 +184,7 @@ class Stem(nn.Module):
         super().__init__()
         self.side = config.image_size // config.patch
         self.linear, self.conv = nn.Linear(4 * 4 * 3, 64), nn.Conv2d(64, config.width, 3, config.patch // 4, 1)
+        self.conv.to(memory_format=torch.channels_last)        # as what it gets: no copy at every look
 
     def forward(self, x):
         return self.conv(F.relu(self.linear(cut(x, 4))).permute(0, 3, 1, 2))
@@ -219,7 +224,7 @@ class Vision(nn.Module):
         for i in {*self.sides} if patches else ():
             self.register_buffer(f"grid{i}", sincos_2d(i, C).flatten(0, 1), persistent=False)
         if any(self.coarse):
-            self.merge = nn.Conv2d(C, C, 2, 2)                 # 2 x 2 patches to one
+            self.merge = nn.Conv2d(C, C, 2, 2).to(memory_format=torch.channels_last)   # 2 x 2 patches to one
         self.view = nn.Parameter(torch.randn(len(config.views), C) * 0.02)
         self.blocks = nn.ModuleList(Block(C, config.heads) for _ in range(config.layers * patches))
 
