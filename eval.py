@@ -27,6 +27,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from gen_data import (DEMO_SEED, FACTORS, GUARDS, HELD_OUT, MAX_STEPS, PHRASES, SLOTS, SPLITS, SUCCESS_STEPS, TASKS, TEST_SEED, VALID_SEED, Env,
@@ -130,6 +131,8 @@ if (args.transfer or args.instructions) and policies != ["policy"]:
     fail("--transfer and --instructions score checkpoints alone, without --policies")
 if args.transfer + args.controls + bool(args.instructions) > 1:
     fail("--transfer, --instructions and --controls are three evaluations; choose one at a time")
+if args.controls and args.split == "combo":
+    fail("--controls tells other things that can be asked for in a scene, and those of --split combo are too few; use another split")
 if args.randomize_only and (args.transfer or not args.randomize):
     fail("--randomize_only goes with --randomize and without --transfer, which plays every factor")
 ablations = read_ablations(args.ablate) if args.ablate else {}
@@ -149,8 +152,8 @@ if "policy" in policies:
             model.config.check()
         except ValueError as error:
             fail(error)
-for path, model in zip(paths, models) if ablations else ():
-    print(f"{path}: trained at commit {model.commit}; to train it again, delete its folder")
+for model in models if ablations else ():
+    print(f"{model.path}: trained at commit {model.commit}; to train it again, delete its folder")
 if args.transfer and not (models and args.out):
     fail("--transfer needs checkpoints and --out")
 known = [task for task in TASKS if any(task in m.config.tasks for m in models)] or ["pick_place"]
@@ -265,26 +268,23 @@ def play(policy, control, seeds, pool, envs, bar, wording):
     return results
 
 
-def make_envs(pool, policy, world):
+def evaluate(name, policy, control="", changed=None, wording=None, **about):
+    """Rows of one policy: one per task and, if there are several, one for all of them. changed: of the world, arguments of Env.
+    about: what else the rows should say."""
+    changed = changed or (dict(randomize=args.randomize, randomize_only=args.randomize_only) if args.randomize else {})
     cameras = policy.config.cameras if isinstance(policy, torch.nn.Module) else ()
     allowed = [t for t in TASKS if t in tasks or t in known]   # what else could be asked for
-    new = lambda _: Env(allowed, cameras, split=args.split, guard=args.guard == "on", **world)
-    return list(pool.map(new, range(min(args.width, args.episodes))))
-
-
-def evaluate(name, policy, control="", world=None, wording=None):
-    """Rows of one policy: one per task and, if there are several, one for all of them."""
-    world = world or (dict(randomize=args.randomize, randomize_only=args.randomize_only) if args.randomize else {})
-    seeds = list(range(args.seed, args.seed + args.episodes))
+    new = lambda _: Env(allowed, cameras, split=args.split, guard=args.guard == "on", **changed)
+    about, seeds = about | changed, list(range(args.seed, args.seed + args.episodes))
     start, results = time.time(), []
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:        # MuJoCo lets go of the interpreter lock, but more wait for it
-        envs = make_envs(pool, policy, world)
+        envs = list(pool.map(new, range(min(args.width, args.episodes))))
         with tqdm(total=len(seeds), desc=f"{name} {control}".strip(), unit="episode", disable=not sys.stderr.isatty()) as bar:
             for i in range(0, len(seeds), args.width):
                 results += play(policy, control, seeds[i:i + args.width], pool, envs, bar, wording)
     if args.out:
         for r in results:
-            print(json.dumps(dict(policy=name, control=control or "none", **world, **r)), file=episode_file, flush=True)
+            print(json.dumps(dict(policy=name, control=control or "none", **about, **r)), file=episode_file, flush=True)
     seconds, found = time.time() - start, []
     for task in [*dict.fromkeys(r["task"] for r in results), "all"]:
         mine = [r for r in results if task in ("all", r["task"])]
@@ -300,7 +300,7 @@ def evaluate(name, policy, control="", world=None, wording=None):
             force_max=max(r["force"] for r in mine), diverged=sum(r["diverged"] for r in mine),
             original=sum(r["original_success"] for r in mine),
             wrong_first=sum(r["touched"] not in (None, r["block"]) for r in failed), untouched=sum(r["touched"] is None for r in failed),
-            chance=mean("chance"), seconds=seconds, **world))
+            chance=mean("chance"), seconds=seconds, **about))
     if len(found) == 2:
         found = found[:1]
     row = found[-1]
@@ -312,14 +312,6 @@ def evaluate(name, policy, control="", world=None, wording=None):
           f"{row['force_p95']:.0f} N, max {row['force_max']:.0f} N; of {row['n'] - row['k']} failures {row['wrong_first']} touched a wrong "
           f"block first and {row['untouched']} none; {row['seconds']:.0f} s", flush=True)
     return found
-
-
-def pyplot():
-    """matplotlib, drawing without a display; imported only by who draws."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
 
 
 def percent(row):
@@ -339,9 +331,11 @@ try:
         for name in policies:
             if name != "policy":
                 rows += evaluate(name, name)
-        for model, path in zip(models, paths):
+        for model in models:
             for control in ("", *(("blind", "deaf", "swap", "retarget") if args.controls and model.config.model == "vla" else ())):
-                rows += [dict(row, ckpt=str(path or "")) for row in evaluate(model.config.model, model, control)]
+                if len(models) > 1:
+                    print(f"{model.path}:", end=" ")
+                rows += evaluate(model.config.model, model, control, ckpt=model.path)
                 if not control:
                     headline[model] = rows[-1]
         print(f"chance, for who moves perfectly and picks any of the things that could be asked for, is {100 * rows[-1]['chance']:.1f}%")
@@ -355,28 +349,31 @@ try:
                     print(f"| {task} | " + " | ".join(percent(r) for r in cells) + " |")
     for model in models if wordings else ():                   # anybody's words
         for wording in wordings:
-            print(f"{wording[0]}: {wording[1]}")
+            print(f"{model.path}, {wording[0]}: {wording[1]}")
             try:
-                rows += [dict(row, sentence=wording[1]) for row in evaluate(model.config.model, model, wording=wording)]
+                rows += evaluate(model.config.model, model, wording=wording, ckpt=model.path, sentence=wording[1])
             except ValueError as error:
                 print(f"         not understood: {error}")
     if args.transfer:
         amount = args.randomize or 1.0
         worlds = {"normal": {}, **{f: dict(randomize=amount, randomize_only=f) for f in FACTORS}, "all": dict(randomize=amount)}
         matrix = []
-        for model, path in zip(models, paths):
+        for model in models:
             matrix.append([])
-            for name, world in worlds.items():
-                print(f"{path}, {name}:", end=" ")
-                row = evaluate(model.config.model, model, world=world or dict(randomize=0.0))[-1]
-                rows.append(dict(row, ckpt=str(path), world=name))
-                matrix[-1].append(row["k"] / row["n"])
+            for name, changed in worlds.items():
+                print(f"{model.path}, {name}:", end=" ")
+                rows.append(evaluate(model.config.model, model, changed=changed or dict(randomize=0.0), ckpt=model.path, world=name)[-1])
+                matrix[-1].append(rows[-1]["k"] / rows[-1]["n"])
 except ValueError as error:                                    # other words, cameras or states than this world's
+    if args.out:
+        episode_file.close()
+        os.unlink(episode_file.name)
     fail(error)
 if args.transfer:
-    figure, axes = pyplot().subplots(figsize=(9, 1.2 + 0.6 * len(models)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.6 * len(models)), layout="constrained")     # no pyplot: draws without a display
+    axes = figure.subplots()
     axes.imshow(matrix, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(worlds)), list(worlds)), axes.set_yticks(range(len(models)), [Path(p or "ckpt").stem for p in paths])
+    axes.set_xticks(range(len(worlds)), list(worlds)), axes.set_yticks(range(len(models)), [Path(model.path).stem for model in models])
     for i, line in enumerate(matrix):
         for j, value in enumerate(line):
             axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center")
@@ -433,7 +430,8 @@ if args.ablate:
             curves.setdefault(word, {})[int(number)] = row
     curves = {word: dict(sorted(curve.items())) for word, curve in curves.items() if len(curve) > 1}
     if args.out and curves:
-        figure, axes = pyplot().subplots(1, len(curves), figsize=(4 * len(curves), 3.2), layout="constrained", squeeze=False, sharey=True)
+        figure = Figure(figsize=(4 * len(curves), 3.2), layout="constrained")
+        axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)
         for axis, (word, curve) in zip(axes[0], curves.items()):
             k, low, high = (100 * np.array(v) for v in zip(*((r["k"] / r["n"], r["low"], r["high"]) for r in curve.values())))
             axis.errorbar(list(curve), k, np.maximum([k - low, high - k], 0), fmt="o-", capsize=3)

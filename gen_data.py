@@ -142,23 +142,24 @@ def parse_instruction(text):
             slots["pad" if not is_block else "lower" if "block" in slots else "block"] = word
         elif word in DIRECTIONS:
             slots["direction"] = word
-    if not slots and {"drawer", "cabinet", "handle"} & set(words):
+    drawer = bool({"drawer", "cabinet", "handle"} & set(words))
+    if drawer and not slots:
         slots = dict(way="close" if {"close", "shut"} & set(words) or "push" in words and "open" not in words else "open")
-    fitting = [task for task in TASKS if set(TASKS[task].slots) == set(slots)]
+    fitting = [task for task in TASKS if set(TASKS[task].slots) == set(slots) and drawer == ("way" in slots)]
     if not fitting or sum(w in COLORS for w in words) > 2:
         named = ", ".join(w for w in words if w in COLORS or w in DIRECTIONS) or "none"
         raise ValueError(f"what to do is not clear from {text!r}: it should name a block's colour ({', '.join(COLORS)}), and a "
                          f"target's or a second block's colour or {', '.join(DIRECTIONS)} if need be, or the drawer; it names {named}")
     if len(fitting) > 1:
-        alike = lambda p: len(set(words) & set(p := fill(p, slots).split())) / len(set(words) | set(p))
-        fitting.sort(key=lambda task: -max(alike(p) for p in TASKS[task].sentences))
+        said, usual = set(words), lambda task: [set(fill(p, slots).split()) for p in TASKS[task].sentences]
+        fitting.sort(key=lambda task: -max(len(said & other) / len(said | other) for other in usual(task)))
     return fitting[0], slots
 
 
 # ----------------------------------------------------------------------------- the scene
 def scene_xml(n_blocks=N_BLOCKS, n_pads=N_PADS):
     """MJCF of the scene. Link offsets and joint ranges: Franka Emika Panda data sheet. Capsules, no meshes."""
-    # offset from the previous joint (m), its rotation, range (rad), mass (kg), kp (N m/rad), kv, drawn capsules
+    # offset from the previous joint (m), its rotation, range (rad), mass (kg), kp (N m/rad), drawn capsule (m: ends, radius)
     joints = [
         ("0 0 .333", "1 0 0 0", "-2.8973 2.8973", 3.0, 4500, "0 0 -.19 0 0 -.02 .062"),
         ("0 0 0", "1 -1 0 0", "-1.7628 1.7628", 3.0, 4500, "0 0 -.06 0 0 .06 .06"),
@@ -344,7 +345,7 @@ class Env:
         self.factors = tuple(FACTORS) if randomize_only is None else (randomize_only,)
         self.late, self.pixel_noise = False, 0.0               # whether actions arrive one control step late; of 255
         self.model = m = mujoco.MjModel.from_xml_string(scene_xml(self.n_blocks, n_pads))
-        self.randomize, self.normal = 0.0, None
+        self.normal = None                                     # the model to draw other worlds around
         self.data = mujoco.MjData(m)
         self.arm_model = mujoco.MjModel.from_xml_string(scene_xml(0, 0))    # the arm alone, for the IK
         self.arm = mujoco.MjData(self.arm_model)
@@ -394,6 +395,7 @@ class Env:
         for _ in range(1000):
             self._new_scene(rng)
             TASKS[task].setup(self, rng)
+            self._refresh(moved=False)
             request = self.draw_request(rng, (task,), combo, only=slots)
             if text or request:
                 break
@@ -434,7 +436,6 @@ class Env:
         d.qpos[[self.fadr, self.fadr + 1]] = d.ctrl[self.grip] = GRIPPER_OPEN
         self.delayed = np.array([0, 0, 0, 1.0]) if self.late else None
         self.meddled, self.lifted, self.waiting = set(), np.zeros(self.n_blocks, bool), np.zeros(self.n_blocks, bool)
-        self._refresh(moved=False)
 
     def _randomize(self, rng):
         """Draws a world around the normal one. Every factor takes its numbers, so that one alone is as in all at once."""
@@ -779,7 +780,7 @@ class Task:
     and pads, a unit vector for a direction.
 
     slots: names from SLOTS. sentences: patterns with those slots in braces, the last two held out from demonstrations.
-    setup(env, rng): changes a new scene if the task needs it. possible(env, ..): can it be asked for now?
+    setup(env, rng): changes a new scene, in env.model and env.data, if the task needs it. possible(env, ..): can it be asked for now?
     target(env, ..): where the thing should go (3,) m. success(env, ..): is it done, this instant? expert(env, ..): (4,)."""
     slots = sentences = ()
 
@@ -1157,8 +1158,8 @@ def generate(out, episodes, seed, shard, kwargs, noise, workers):
         begun_with = file.attrs.get("settings", settings)
         written, scene = int(file.attrs.get("total", 0)), int(file.attrs.get("scenes_done", 0))
         dropped = json.loads(file.attrs.get("dropped", "{}"))
-        for name in [f"episode_{written + i}" for i in range(SENTENCES)]:    # cut off in the middle of a scene
-            for path in (name, name.replace("episode_", "data/demo_")):
+        for i in range(written, written + SENTENCES):          # cut off in the middle of a scene
+            for path in (f"episode_{i}", f"data/demo_{i}"):
                 if file.get(path, getlink=True) is not None:
                     del file[path]
         file.attrs["settings"] = begun_with
@@ -1269,7 +1270,7 @@ def info(path):
             places = np.concatenate([e["grounding/things_pos"][0, :len(a["block_colors"].split(","))] for e, a in zip(episodes, about)])
             cameras = [k for k in episodes[0]["observations"] if k.endswith("_image")]
             first = [np.concatenate([e[f"observations/{k}"][0] for k in cameras], 1) for e in episodes[:24]]
-    except (OSError, KeyError, ValueError, IndexError) as error:
+    except (OSError, KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
         fail(f"{path} is not a data file of this program ({str(error).splitlines()[0]})")
     for key, value in attrs.items():
         print(f"{key:10} {value}")
@@ -1286,10 +1287,9 @@ def info(path):
     for name in ("block_colors", "pad_colors"):
         print(f"{name:12} " + ", ".join(f"{n} {c}" for c, n in Counter(",".join(a[name] for a in about).split(",")).most_common()))
 
-    import matplotlib
-    matplotlib.use("Agg")                                      # draws without a display
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    from matplotlib.figure import Figure                       # no pyplot: draws without a display
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.subplots(2, 2)
     for task, n in lengths.items():
         axes[0, 0].hist(n, np.arange(0, MAX_STEPS + 5, 5), histtype="step", label=f"{task}, {len(n)} episodes")
     axes[0, 0].set_xlabel("control steps in an episode"), axes[0, 0].legend()

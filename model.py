@@ -9,7 +9,8 @@
                                                                        └─────────────┘
 
 Dimension letters, used everywhere: B batch, V views (cameras), H W pixels, P patch tokens of all views, L text tokens,
-N all tokens, C width, S state numbers, K actions in a chunk, A numbers in an action.
+N all tokens, C width, S state numbers, K actions in a chunk, A numbers in an action; U distinct sentences, R pairs of a
+picture and a sentence, M maps of where they look.
 """
 import dataclasses
 import os
@@ -40,7 +41,7 @@ class Config:
     frames: int = 1                   # pictures of each camera, 1 / CONTROL_HZ apart
     vision: str = "vit_stem"          # vit_stem, vit or cnn
     coarse: tuple = ("wrist",)        # cameras whose patches are merged 2 x 2: 16 tokens instead of 64
-    keep: int = 40                    # patches kept of each look: those that differ most from the picture's median colour
+    keep: int = 40                    # patches kept of each moment: those that differ most from the picture's median colour
     state: str = "proprio"            # key of STATES
     text: str = "word"                # word or char
     text_encoder: str = "transformer"    # or lstm
@@ -138,9 +139,9 @@ class Block(nn.Module):
         return self.by_head(self.kv(self.norm1(x)))
 
     def forward(self, x, others=None, rows=None):
-        """(B, N, C) to (B, N, C). The tokens look at themselves and at `others`, keys() of more tokens, (B, heads, M,
+        """(B, N, C) to (B, N, C). The tokens look at themselves and at `others`, keys() of E more tokens, (B, heads, E,
         2 C / heads), which stay as they are. With `rows`, only that many first tokens are computed, and the attention
-        logits (B, heads, rows, N + M) come back too: the last layer of Transformer needs nothing but the CLS row."""
+        logits (B, heads, rows, N + E) come back too: the last layer of Transformer needs nothing but the CLS row."""
         y = self.norm1(x)
         keys = self.by_head(self.kv(y))
         k, v = (keys if others is None else torch.cat([keys, others], 2)).chunk(2, -1)
@@ -527,7 +528,7 @@ class Policy(nn.Module):
             config = Config(**saved["config"])
             model = {"vla": VLA, "bc": BC}[config.model](config)
             model.load_state_dict(saved["weights"])
-            model.step, model.commit = saved.get("step"), saved.get("fingerprint", {}).get("commit")
+            model.path, model.step, model.commit = str(path), saved.get("step"), saved.get("fingerprint", {}).get("commit")
         except FileNotFoundError:
             raise ValueError(f"there is no checkpoint {path}; python train.py makes out/ckpt.pt") from None
         except pickle.UnpicklingError:                         # nothing in a stranger's file is ever run

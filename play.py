@@ -29,6 +29,8 @@ import h5py
 import mujoco
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 
 from gen_data import ACTION_NAMES, ACTION_SCALE, CONTROL_HZ, TASKS, Env, RayCamera, expert, task_list
@@ -77,7 +79,7 @@ try:
     seeds = [int(s) for s in args.seed.split(",")]
 except ValueError:
     fail(f"--seed wants a number or a comma list of them, got {args.seed!r}")
-size = args.size or (384 if len(seeds) == 1 else 256)
+size = (384 if len(seeds) == 1 else 256) if args.size is None else args.size
 if min(seeds) < 0:
     fail(f"--seed must not be negative, got {min(seeds)}")
 if not 128 <= size <= 2048:
@@ -94,6 +96,10 @@ if args.data and not (args.replay or args.out):
     fail("--data needs --out, a picture of an episode, or --replay")
 if args.episodes is not None and (args.episodes < 1 or not (args.replay or args.attention)):
     fail("--episodes counts, 1 or more, with --attention or --replay")
+if args.instruction and args.episodes:
+    fail("--episodes counts in scenes with sentences of their own, without --instruction")
+if args.expert and args.ckpt:
+    fail("--expert plays instead of a checkpoint, without --ckpt")
 if args.out and (args.replay or args.episodes):
     fail("--replay and --episodes only count; a picture is made without them")
 if args.data and (args.attention or args.pipeline or args.expert or args.instruction or args.ckpt):
@@ -165,7 +171,10 @@ class Scene:
     def looks(self):
         """Attention (M, P) on the patches of all views: of the pointers to thing and place, then of two heads of the CLS
         token, as far as there are any. And how much of its name each pointer finds at each token of the sentence, (2, tokens)."""
-        policy, (images, state) = self.policy, self.policy.read_obs(self.obs)
+        policy, past = self.policy, [self.obs]                 # newest first, see Policy.act
+        if policy.memory:
+            past += policy.memory[0]["seen"]
+        images, state = policy.read_obs([past])
         text = tokenize(self.info["instruction"], policy.config)[None]
         return policy(images, state, text)[2][0].exp(), policy.pointers.weigh(policy.text(text), text == 0)[0, :, :(text > 0).sum()]
 
@@ -223,7 +232,7 @@ class Demo:
         self.at += not self.done
 
     def outcome(self):
-        end = ("done" if self.success else "the next sentence comes") if self.done else ""
+        end = ("done" if self.success else "interrupted") if self.done else ""
         return f"{self.at / CONTROL_HZ:.1f} s  {end}"
 
     def picture(self):
@@ -299,9 +308,6 @@ def count_attention(n):
 def draw_pipeline(scene, path):
     """One figure of one look: pictures as patches, words, state, what each encoder makes of them, the pointers, the fused vector,
     and the chunk of actions."""
-    import matplotlib
-    matplotlib.use("Agg")                                      # draws without a display
-    import matplotlib.pyplot as plt
     policy, env, seen, sentence = scene.policy, scene.env, {}, scene.info["instruction"]
     hooks = [getattr(policy, name).register_forward_hook(lambda module, given, out, name=name: seen.update({name: out}))
              for name in ("vision", "text", "fusion")]
@@ -310,7 +316,7 @@ def draw_pipeline(scene, path):
         hook.remove()
     attention, reading = scene.looks()
     kept, first = seen["vision"][1][0].numpy(), 0
-    figure = plt.figure(figsize=(14, 8.4), layout="constrained")
+    figure = Figure(figsize=(14, 8.4), layout="constrained")    # no pyplot: draws without a display
     grid = figure.add_gridspec(3, 12, height_ratios=(4, 1.2, 3))
 
     def panel(row, columns, title):
@@ -326,7 +332,7 @@ def draw_pipeline(scene, path):
         axes.imshow((0.6 * scene.obs[f"{name}_image"] + 130 * heat.repeat(cell, 0).repeat(cell, 1)).clip(0, 255).astype(np.uint8))
         for patch in kept[(kept >= first) & (kept < first + side * side)] - first:
             corner = patch % side * cell - 0.5, patch // side * cell - 0.5
-            axes.add_patch(plt.Rectangle(corner, cell, cell, fill=False, ec="white", lw=0.8))
+            axes.add_patch(Rectangle(corner, cell, cell, fill=False, ec="white", lw=0.8))
         first += side * side
         axes.axis("off")
     axes = panel(0, slice(8, 12), f"the chunk: {len(actions)} actions as the hand's path; {policy.config.execute} are executed")
@@ -527,7 +533,7 @@ try:
         scenes = [Scene(seed, args.instruction) for seed in (seeds if args.out else seeds[:1])]
 except ValueError as error:
     fail(error)
-except (OSError, KeyError) as error:
+except (OSError, KeyError, TypeError, RuntimeError) as error:
     fail(f"{args.data} is not a data file of gen_data.py ({str(error).splitlines()[0]})")
 if args.pipeline:
     draw_pipeline(scenes[0], args.out)

@@ -216,7 +216,7 @@ def test_parsing_finds_the_meaning_of_every_sentence():
                 assert parse_instruction(fill(pattern, slots)) == (task, slots), pattern
     assert parse_instruction("please shut that drawer") == ("drawer", dict(way="close"))
     assert parse_instruction("push the drawer open") == ("drawer", dict(way="open"))
-    for nonsense in ("", "dance", "put it on the red target", "red green blue"):
+    for nonsense in ("", "dance", "put it on the red target", "red green blue", "put the red block in the drawer"):
         with pytest.raises(ValueError, match="not clear"):
             parse_instruction(nonsense)
 
@@ -289,6 +289,9 @@ def test_readme_example_of_another_task(monkeypatch):
     for seed in range(5):
         info = solve(env, seed, task=name)
         assert info["success"] and info["task"] == parse_instruction(info["instruction"])[0] == name
+    monkeypatch.setattr(TASKS["lift"], "setup", lambda env, rng: env.data.qpos.__setitem__(env.block_qadr[0], 0.5), raising=False)
+    env.reset(0, dict(task="lift"))
+    assert env.block_pos[0, 0] == env.origin[0, 0] == 0.5      # what setup() moves is there when the first picture is taken
     episodes, _ = gen_data.demonstrate(Env((name, "lift"), ("front",)), DEMO_SEED)
     assert {attrs["task"] for attrs, _ in episodes} <= {name, "lift"}
 
@@ -558,8 +561,9 @@ def test_training_is_a_function_of_its_seed_and_resumes_exactly(trained, tmp_pat
         there, here = (torch.load(folder / "out" / name, weights_only=True) for folder in (trained, tmp_path))
         assert all(torch.equal(there["weights"][k], v) for k, v in here["weights"].items()) and there["fingerprint"] == here["fingerprint"]
         assert torch.load(tmp_path / "out" / f"previous_{name}", weights_only=True)["step"] == 6
-    run("train.py --resume out --eval_interval 0 --steps 14", tmp_path)
+    run("train.py --resume out --eval_interval 0 --steps 14 --lr 0.01", tmp_path)        # what is said goes before what was
     assert list(read_log(log)) == list(range(1, 15)) and VLA.load(tmp_path / "out/ckpt.pt").step == 14
+    assert json.loads(log.read_text().splitlines()[-1])["lr"] == pytest.approx(0.01 / (0.6 * 14))        # the last of the way down
 
 
 @slow                                                          # two threads wait for each other wherever something else runs
@@ -864,11 +868,15 @@ BAD = [
     ("train.py --data demos.h5 --out_dir new --batch_size -8", "--batch_size"),
     ("train.py --data demos.h5 --out_dir new --release -1", "--release"),
     ("train.py --data demos.h5 --out_dir new --execute 9", "--execute 9"),
+    ("train.py --data demos.h5 --out_dir new --execute 0", "--execute must be at least 1"),
+    ("train.py --data new.h5 --out_dir new --cameras front,top", "without camera top"),
+    ("train.py --bench --model bc", "--bench is about the vla"),
     ("train.py --data demos.h5 --out_dir new --vision cnn --ground 1", "--vision cnn"),
     ("train.py --data demos.h5 --out_dir new --pointers 0 --ground 1", "without pointers only --fusion transformer"),
     ("train.py --data demos.h5 --out_dir new --head flow --bins 16", "--head tokens"),
     ("train.py --data demos.h5 --out_dir new --pointers 0 --shuffle_names 1", "--pointers 0"),
     ("train.py --data demos.h5 --out_dir new --text char --spread 1", "--text char"),
+    ("train.py --data demos.h5 --out_dir new --text char --shuffle_names 1", "--text char"),
     ("eval.py --ckpt out/ckpt.pt --flow_steps 2", "--head flow"),
     ("train.py --data demos.h5 --out_dir new --head tokens --bins 1", "--bins"),
     ("train.py --data demos.h5 --out_dir new --model bc --head flow", "--head is about the vla"),
@@ -908,6 +916,7 @@ BAD = [
     ("train.py --data demos.h5 --out_dir new --tasks lift", "not lift"),
     ("eval.py --ckpt out/ckpt.pt --split other", "'crowd'"),
     ("eval.py --ckpt out/ckpt.pt --split combo --tasks lift", "no colours are held out"),
+    ("eval.py --ckpt out/ckpt.pt --split combo --controls", "another split"),
     ("eval.py --ckpt out/ckpt.pt --randomize 3", "--randomize must be from 0 to 1"),
     ("eval.py --ckpt out/ckpt.pt --randomize 1 --randomize_only gravity", "light"),
     ("eval.py --ckpt out/ckpt.pt --instructions empty.txt", "empty.txt is empty"),
@@ -933,6 +942,8 @@ BAD = [
     ("play.py --ckpt out/ckpt.pt --pipeline --out a.gif", ".png"),
     ("play.py --ckpt bc.pt --attention --out a.gif", "this checkpoint has none"),
     ("play.py --replay", "--data"),
+    ("play.py --expert --ckpt out/ckpt.pt --out a.gif", "--ckpt"),
+    ("play.py --attention --episodes 2 --instruction 'open the drawer'", "--instruction"),
     ("play.py --data demos.h5", "--out"),
     ("play.py --data demos.h5 --episode 99 --out a.gif", "--episode 99"),
     ("play.py --data text --replay", "text is not a data file"),

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -64,7 +65,7 @@ add("--word_dropout", type=float, default=0.1, help="share of a sentence's other
 add("--spread", type=int, default=None, choices=(0, 1), help="1: gaps at random between the words of a sentence, so that their order "
     "counts and not their places (default 1 with word text)")
 add("--shuffle_names", type=int, default=None, choices=(0, 1), help="1: other colours in the words that are read in their context, "
-    "so that only the pointers' names depend on them (default 1 with pointers)")
+    "so that only the pointers' names depend on them (default 1 with pointers and word text)")
 add("--ground", type=float, default=None, help="weight of the attention supervision (default 0.1 where pointers, or CLS heads of "
     "--fusion transformer, look at patches)")
 add("--goal", type=float, default=0.5, help="weight of the two positions' regression (default 0.5)")
@@ -113,7 +114,7 @@ add("--eval_interval", type=int, default=500, help="steps between checkpoints (d
     "and no closed-loop evaluation")
 add("--eval_episodes", type=int, default=200, help="episodes of the closed-loop evaluation (default 200)")
 add("--log_interval", type=int, default=100, help="steps between lines of the log (default 100)")
-add("--bench", action="store_true", help="only time training steps against the plain build, on made-up data")
+add("--bench", action="store_true", help="only time training steps of the default model against the plain build, on made-up data")
 args = parser.parse_args()
 kept = vars(args).keys() - {"resume", "overwrite", "out_dir"}  # settings that a checkpoint holds
 parser.set_defaults(**RECIPES[args.recipe])
@@ -134,7 +135,8 @@ if args.resume is not None and args.out_dir != resume_path.parent:
     fail(f"--resume {args.resume} carries on in that folder, without --out_dir; copy it to keep it as it is")
 
 args.data = args.data or Path("data") / ("demos.h5" if args.tasks in (None, "pick_place") else f"{args.tasks.replace(',', '_')}.h5")
-args.episodes = 8000 if args.episodes is None and args.tasks == "all" else 3000 if args.episodes is None else args.episodes
+if args.episodes is None:
+    args.episodes = 8000 if args.tasks == "all" else 3000
 for flag in ("steps", "batch_size", "episodes", "use_episodes", "eval_episodes", "log_interval", "lr", "adam_lr"):
     if getattr(args, flag) is not None and not getattr(args, flag) > 0:
         fail(f"--{flag} must be more than 0, not {getattr(args, flag)}")
@@ -146,7 +148,7 @@ if (args.relabel or 0) > args.batch_size:
 if args.lr is not None and args.optimizer != "muon":
     fail(f"--lr is Muon's; the learning rate of --optimizer {args.optimizer} is --adam_lr")
 for flag, head in (("loss", "continuous"), ("bins", "tokens"), ("flow_steps", "flow")):
-    if getattr(args, flag) is not None and args.head != head:
+    if args.head != head and getattr(args, flag) not in (None, parser.get_default(flag)):
         fail(f"--{flag} belongs to --head {head}, not to {args.head}")
 parts = ("vision", "keep", "frames", "text", "text_encoder", "pointers", "fusion", "head", "loss", "bins", "flow_steps", "chunk",
          "ensemble", "width", "heads", "layers")               # flags that are fields of Config
@@ -154,11 +156,11 @@ if args.model == "bc":
     if odd := [flag for flag in (*parts, "cameras", "execute", "lr", "relabel", "word_dropout", "spread", "shuffle_names", "ground", "goal")
                if getattr(args, flag) != parser.get_default(flag)]:
         fail(f"--{odd[0]} is about the vla; --model bc has only a state and one action, and AdamW")
-    parts, args.chunk, args.execute = (), 1, 1
+    parts, args.chunk, args.execute = ("chunk",), 1, 1
 elif args.optimizer == "muon" and args.lr is None:
     args.lr = 0.02
 args.relabel = min(64, args.batch_size) if args.relabel is None else args.relabel
-args.execute = args.execute or (args.chunk + 1) // 2
+args.execute = (args.chunk + 1) // 2 if args.execute is None else args.execute
 state_kind = args.state or ("full" if args.model == "bc" else "proprio")
 chosen_cameras = [] if args.model == "bc" else None if args.cameras is None else args.cameras.split(",")
 groundable = args.vision != "cnn" and (args.pointers or args.fusion == "transformer" and args.heads > 1)
@@ -168,13 +170,13 @@ if args.ground and not groundable:
 args.ground = 0.1 * groundable if args.ground is None else args.ground
 if args.shuffle_names and not args.pointers:
     fail("--shuffle_names leaves colours to the pointers' names; with --pointers 0 nobody would hear them")
-args.shuffle_names = args.pointers if args.shuffle_names is None else args.shuffle_names
-if args.spread and args.text == "char":
-    fail("--spread puts gaps between words; --text char has none to put them between")
+if args.text == "char" and (args.spread or args.shuffle_names):
+    fail(f"--{'spread' if args.spread else 'shuffle_names'} is about words; --text char has none")
+args.shuffle_names = args.pointers * (args.text == "word") if args.shuffle_names is None else args.shuffle_names
 args.spread = int(args.text == "word") if args.spread is None else args.spread
 try:
     config = Config(model=args.model, state=state_kind, execute=args.execute, max_text=16 if args.text == "word" else 96,
-                    **{flag: getattr(args, flag) for flag in parts if getattr(args, flag) is not None} | dict(chunk=args.chunk))
+                    **{flag: getattr(args, flag) for flag in parts if getattr(args, flag) is not None})
     config.check()
 except ValueError as error:
     fail(error)
@@ -414,7 +416,7 @@ def train_step(step):
     (RANKS * loss).backward()                                  # several processes average their gradients
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("peak", group["lr"]) * rate(step)
+            group["lr"] = optimizer.defaults["lr"] * rate(step)
         optimizer.step()
         optimizer.zero_grad()
     return loss.detach()
@@ -484,6 +486,8 @@ def bench(rounds=12):
 
 torch.use_deterministic_algorithms(device == "cpu", warn_only=True)   # two threads add up a gradient in a fixed order
 if args.bench:
+    if args.model == "bc":
+        fail("--bench is about the vla, not --model bc")
     bench()
     sys.exit()
 
@@ -502,14 +506,18 @@ files = [args.data] if args.data.exists() else [Path(path) for path in sorted(gl
 if not files and (RANKS > 1 or glob.has_magic(str(args.data))):
     fail(f"there is no {args.data}; gen_data.py makes demonstrations")
 if not files:
+    if other := [c for c in chosen_cameras or () if c not in Config.cameras]:
+        fail(f"{args.data} is not there, and would be made without camera {other[0]}; make it with gen_data.py --cameras {args.cameras}")
     files = [args.data]
     print(f"{args.data} is not there: making {args.episodes} demonstrations, about {max(1, round(args.episodes / 1000))} minutes "
           "on 2 cores", flush=True)
     command = [sys.executable, str(Path(__file__).parent / "gen_data.py"), "--episodes", str(args.episodes), "--out", str(args.data),
                "--tasks", args.tasks or "pick_place"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is for gen_data.py, which stops cleanly
-    if code := subprocess.run(command + (["--cameras", args.cameras] if chosen_cameras else [])).returncode:
-        sys.exit(code)
+    maker = subprocess.Popen(command)
+    signal.signal(signal.SIGTERM, lambda *_: maker.terminate())
+    if code := maker.wait():
+        sys.exit(code if code > 0 else 130)
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 made = time.time() - clock
 try:
@@ -519,7 +527,10 @@ except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
 train_frames, valid_frames = (np.flatnonzero(data["valid"].numpy() == v) for v in (False, True))
 if not len(train_frames) or not len(valid_frames):
     fail(f"{args.data} is too small: it needs episodes to train on and, from another scene, to validate on")
-data_hash = hashlib.sha256(b"".join(data[k].numpy().tobytes() for k in ("action", "state", "key", "goal", "uv"))).hexdigest()[:12]
+some = train_frames[::97]
+pictures = data["images"][data["picture"][some[here(some).numpy()]]].to(device)          # (n, V, H, W, 3)
+data_hash = hashlib.sha256(b"".join(data[k].numpy().tobytes() for k in ("action", "state", "key", "goal", "uv"))
+                           + str(together(pictures.sum()).item()).encode()).hexdigest()[:12]
 failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')
 fingerprint = dict(torch=str(torch.__version__), numpy=np.__version__, h5py=h5py.__version__, cpu=torch.backends.cpu.get_cpu_capability(),
                    threads=torch.get_num_threads(), commit="unknown" if failed else commit, data=data_hash)
@@ -535,15 +546,17 @@ if config.state_size:                                          # statistics of t
     model.state_mean.copy_(data["state"][train_frames].mean(0))
     model.state_std.copy_(data["state"][train_frames].std(0) + 1e-3)
 if args.model == "vla":
-    some = train_frames[::97]
-    pictures = data["images"][data["picture"][some[here(some).numpy()]]].float().to(device)            # (n, V, H, W, 3)
+    pictures = pictures.float()
     mean = together(pictures.sum((0, 2, 3))) / (len(some) * 64 * 64)
     std = (together((pictures - mean[:, None, None]).square().sum((0, 2, 3))) / (len(some) * 64 * 64)).sqrt()
     model.vision.image_mean.copy_(mean[:, None, None].repeat(config.frames, 1, 1, 1))
     model.vision.image_std.copy_(std[:, None, None].repeat(config.frames, 1, 1, 1))
     model.goal_mean.copy_(data["goal"][train_frames].mean(0))
     model.goal_std.copy_(data["goal"][train_frames].std(0) + 1e-3)
-    tokens = [torch.stack([tokenize(s, config) for s in r["sentences"]]) for r in requests]
+    try:
+        tokens = [torch.stack([tokenize(s, config) for s in r["sentences"]]) for r in requests]
+    except ValueError as error:
+        fail(f"{args.data} cannot be used ({error})")
     meaning = set()                                            # words that tell one request of a task from another
     for task in known_tasks if args.text == "word" else ():
         vocabularies = [{w for s in r["sentences"] for w in split(s)} for r in requests if r["task"] == task]
@@ -648,15 +661,15 @@ if RANK:
     sys.exit()
 
 # ----------------------------------------------------------------------------- the curve and the score
-import matplotlib
-matplotlib.use("Agg")                                          # draws without a display
-import matplotlib.pyplot as plt
+for kind in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(kind, signal.SIG_DFL)
 lines = [json.loads(line) for line in log_path.read_text().splitlines()]
-plt.figure(figsize=(6, 3.5), layout="constrained")
+figure = Figure(figsize=(6, 3.5), layout="constrained")        # no pyplot: draws without a display
+axes = figure.subplots()
 for name, label in (("loss", "training loss (all terms)"), ("val_loss", "action error, held-out episodes")):
-    plt.plot([l["step"] for l in lines], [l[name] for l in lines], label=label)
-plt.yscale("log"); plt.xlabel("step"); plt.legend(); plt.grid(alpha=0.3)
-plt.savefig(args.out_dir / "curve.png", dpi=110)
+    axes.plot([l["step"] for l in lines], [l[name] for l in lines], label=label)
+axes.set_yscale("log"), axes.set_xlabel("step"), axes.legend(), axes.grid(alpha=0.3)
+figure.savefig(args.out_dir / "curve.png", dpi=110)
 print(f"{ckpt_path}, {log_path}, {args.out_dir / 'curve.png'}; data {made / 60:.1f} min, training {trained / 60:.1f} min", flush=True)
 if args.eval_interval:
     sys.exit(subprocess.run([sys.executable, str(Path(__file__).parent / "eval.py"), "--ckpt", str(ckpt_path), "--seed", "0",
