@@ -586,6 +586,14 @@ def test_a_stopped_training_saves_and_says_how_to_go_on(how, trained, tmp_path):
     assert 1 <= step < 500 and len(read_log(log)) == step
 
 
+def test_a_training_that_is_stopped_while_its_data_is_made_stops_that_too(tmp_path):
+    part = tmp_path / "new.h5.part"
+    ready = lambda: part.exists() and part.stat().st_size > 500_000
+    assert stop_when(ready, "train.py --data new.h5 --episodes 2000", tmp_path, signal.SIGTERM) == 130
+    with h5py.File(part) as file:                              # whole, and nobody writes it any more
+        assert 0 < file.attrs["total"] < 2000
+
+
 def test_bad_numbers_stop_the_run_and_spoil_nothing(trained, tmp_path):
     """In the file: refused with the episode's name. In training: the step and the episodes, and the last checkpoint stays."""
     shutil.copy(trained / "demos.h5", tmp_path)

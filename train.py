@@ -515,10 +515,11 @@ if not files:
                "--tasks", args.tasks or "pick_place"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C is for gen_data.py, which stops cleanly
     maker = subprocess.Popen(command)
-    signal.signal(signal.SIGTERM, lambda *_: maker.terminate())
+    signal.signal(signal.SIGTERM, lambda *_: maker.send_signal(signal.SIGINT))
     if code := maker.wait():
-        sys.exit(code if code > 0 else 130)
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+        sys.exit(code)
+for kind in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(kind, lambda *_: sys.exit(130))
 made = time.time() - clock
 try:
     cameras, known_tasks, data, requests = load(files, STATES[state_kind], chosen_cameras)
@@ -565,6 +566,8 @@ if args.model == "vla":
     colors = {word for r in requests for slot, word in r["slots"].items() if slot in ("block", "pad", "lower")}
     naming = torch.tensor([i + 1 for i, w in enumerate(config.words) if w in colors and args.text == "word"], dtype=torch.long)
 model.to(device)
+if device == "cuda" and data["images"].nbytes < 0.8 * torch.cuda.mem_get_info()[0]:
+    data["images"] = data["images"].to(device)                 # a batch of pictures never crosses the bus
 if args.compile:
     import torch._dynamo
     torch._dynamo.config.suppress_errors = True                # no compiler here: go on without
