@@ -152,8 +152,6 @@ if "policy" in policies:
             model.config.check()
         except ValueError as error:
             fail(error)
-for model in models if ablations else ():
-    print(f"{model.path}: trained at commit {model.commit}; to train it again, delete its folder")
 if args.transfer and not (models and args.out):
     fail("--transfer needs checkpoints and --out")
 known = [task for task in TASKS if any(task in m.config.tasks for m in models)] or ["pick_place"]
@@ -323,6 +321,9 @@ def percent(row):
 fingerprint = dict(torch=str(torch.__version__), mujoco=mujoco.__version__, numpy=np.__version__, cpu=torch.backends.cpu.get_cpu_capability(),
                    threads=torch.get_num_threads(), seed=args.seed)
 print(", ".join(f"{k} {v}" for k, v in fingerprint.items()))
+for model in models:
+    print(f"{model.path}: step {model.step}, commit {model.fingerprint.get('commit')}, data {model.fingerprint.get('data')}"
+          + "; to train it again, delete its folder" * bool(ablations))
 rows, headline = [], {}                                        # of each checkpoint, the row for all tasks
 try:
     if not args.transfer and not wordings:

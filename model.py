@@ -528,7 +528,7 @@ class Policy(nn.Module):
             config = Config(**saved["config"])
             model = {"vla": VLA, "bc": BC}[config.model](config)
             model.load_state_dict(saved["weights"])
-            model.path, model.step, model.commit = str(path), saved.get("step"), saved.get("fingerprint", {}).get("commit")
+            model.path, model.step, model.fingerprint = str(path), saved.get("step"), dict(saved.get("fingerprint", {}))
         except FileNotFoundError:
             raise ValueError(f"there is no checkpoint {path}; python train.py makes out/ckpt.pt") from None
         except pickle.UnpicklingError:                         # nothing in a stranger's file is ever run

@@ -724,6 +724,17 @@ def test_eval(trained, tmp_path):
     assert lines_again == [line for line in lines if (line["policy"], line["control"]) == ("vla", "none")]
 
 
+def test_eval_does_not_depend_on_the_number_of_threads(trained, tmp_path):
+    code = (f"import os, runpy, sys; os.cpu_count = lambda: int(os.environ['CORES']); sys.path.insert(0, {str(ROOT)!r}); "
+            f"runpy.run_path({str(ROOT / 'eval.py')!r}, run_name='__main__')")
+    for cores in "14":
+        flags = f"--ckpt {trained}/out/ckpt.pt --episodes 4 --out {cores}.json"
+        done = subprocess.run([sys.executable, "-c", code, *shlex.split(flags)], cwd=tmp_path, env=os.environ | dict(CORES=cores), timeout=100)
+        assert done.returncode == 0
+    one, four = ((tmp_path / f"{cores}.jsonl").read_text() for cores in "14")
+    assert one == four and one.count("success") >= 4
+
+
 def test_eval_in_other_words_and_worlds(trained, tmp_path):
     (tmp_path / "mine.txt").write_text("lift\tgrab the {block} cube and raise it\ndrawer\tshut the drawer\npush\tkick the {block} cube {towards}\n")
     out = run(f"eval.py --ckpt {trained}/out/ckpt.pt --episodes 2 --instructions mine.txt --sensitivity --out a.json", tmp_path)
