@@ -1,6 +1,6 @@
 """Closed-loop evaluation: how often a policy does what the sentence says, on scenes it has never seen.
 
-    python eval.py                                                  # 100 episodes of out/ckpt.pt, about 12 s
+    python eval.py                                                  # 100 episodes of out/ckpt.pt, 10 to 18 s
     python eval.py --policies expert,random,policy --controls       # beside ceiling, floor and the controls
     python eval.py --episodes 500 --out results.json                # the headline figure
     python eval.py --split phrasing                                 # in words that demonstrations never used
