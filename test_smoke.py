@@ -1,4 +1,4 @@
-"""The tests: the real scripts at toy size, and what the parts promise. About 4 minutes on 2 cores, no GL, no display.
+"""The tests: the real scripts at toy size, and what the parts promise. 4 to 5 minutes on 2 cores, no GL, no display.
 
     python -m pytest -q test_smoke.py
     python -m pytest -q test_smoke.py -m slow                  # those that take minutes
@@ -727,12 +727,12 @@ def test_eval(trained, tmp_path):
 def test_eval_does_not_depend_on_the_number_of_threads(trained, tmp_path):
     code = (f"import os, runpy, sys; os.cpu_count = lambda: int(os.environ['CORES']); sys.path.insert(0, {str(ROOT)!r}); "
             f"runpy.run_path({str(ROOT / 'eval.py')!r}, run_name='__main__')")
-    for cores in "14":
-        flags = f"--ckpt {trained}/out/ckpt.pt --episodes 4 --out {cores}.json"
-        done = subprocess.run([sys.executable, "-c", code, *shlex.split(flags)], cwd=tmp_path, env=os.environ | dict(CORES=cores), timeout=100)
-        assert done.returncode == 0
+    flags = f"--ckpt {trained}/out/ckpt.pt --episodes 3 --out"
+    both = [subprocess.Popen([sys.executable, "-c", code, *flags.split(), f"{cores}.json"], cwd=tmp_path, env=os.environ | dict(CORES=cores))
+            for cores in "14"]
+    assert [process.wait(100) for process in both] == [0, 0]
     one, four = ((tmp_path / f"{cores}.jsonl").read_text() for cores in "14")
-    assert one == four and one.count("success") >= 4
+    assert one == four and one.count("\n") == 3
 
 
 def test_eval_in_other_words_and_worlds(trained, tmp_path):
@@ -757,7 +757,7 @@ def test_ablations_train_and_score_each_line_once(trained, tmp_path):
                                     "words by lstm: --text_encoder lstm --frames 2\nflow: --head flow --chunk 4 --use_episodes 12\n"
                                     "classic: --recipe classic --steps 3\nsteps 2: --head flow --chunk 4 --use_episodes 12\n"
                                     "steps 3: --recipe classic --steps 3\n")
-    command = "eval.py --ablate a.txt --episodes 2 --tasks lift --out a.json"
+    command = "eval.py --ablate a.txt --episodes 1 --tasks lift --out a.json"
     run(command, tmp_path)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/ablate/*/*")}
     (tmp_path / "a.json").unlink()
@@ -768,9 +768,9 @@ def test_ablations_train_and_score_each_line_once(trained, tmp_path):
     assert (tmp_path / "out/ablate/flow/curve.png").exists()
     rows = {row["name"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
     assert list(rows) == ["words by lstm", "flow, steps 2", "classic, steps 3"] and not (tmp_path / "out/ablate/steps 2").exists()
-    assert all(f"| {name} | 0/2 = " in table for name in ("words by lstm", "flow", "classic", "steps 2", "steps 3"))
+    assert all(f"| {name} | 0/1 = " in table for name in ("words by lstm", "flow", "classic", "steps 2", "steps 3"))
     assert Image.open(tmp_path / "a.png").width > 400          # a curve of the lines steps 2 and steps 3
-    assert all(row["n"] == 2 and row["parameters"] > 5e5 and row["samples_per_s"] > 0 and row["latency_ms"] for row in rows.values())
+    assert all(row["n"] == 1 and row["parameters"] > 5e5 and row["samples_per_s"] > 0 and row["latency_ms"] for row in rows.values())
     (tmp_path / "a.txt").write_text("flow: --data demos.h5 --steps 3 --head flow\n")
     assert "other flags" in run(command, tmp_path, code=2)
     classic = VLA.load(tmp_path / "out/ablate/classic/ckpt.pt")
