@@ -1,4 +1,4 @@
-"""The tests: the real scripts at toy size, and what the parts promise. 4 to 5 minutes on 2 cores, no GL, no display.
+"""The tests: the real scripts at toy size, and what the parts promise. About 5 minutes on 2 cores, no GL, no display.
 
     python -m pytest -q test_smoke.py
     python -m pytest -q test_smoke.py -m slow                  # those that take minutes
