@@ -1,448 +1,670 @@
-"""Closed-loop evaluation: how often a policy does what the sentence says, on scenes it has never seen.
+"""Closed-loop evaluation: how often a policy does what the instruction says, in scenes it has never
+seen. Times are for 2 CPU cores.
 
-    python eval.py                                                  # 100 episodes of out/ckpt.pt, 10 to 18 s
-    python eval.py --policies expert,random,policy --controls       # beside ceiling, floor and the controls
-    python eval.py --episodes 500 --out results.json                # the headline figure
-    python eval.py --split phrasing                                 # in words that demonstrations never used
-    python eval.py --instructions mine.txt                          # in yours: lines of task<TAB>sentence
-    python eval.py --ckpt clean.pt,randomized.pt --transfer --out transfer.json     # and transfer.png
-    python eval.py --ablate assets/ablations.txt --episodes 200 --seed 0            # trains and scores each line's settings
+    python eval.py                                              # 100 episodes of out/ckpt.pt, 10 s
+    python eval.py --policies expert,random,policy --controls   # beside ceiling and floor, 3 min
+    python eval.py --episodes 500 --out results.json            # the number to report, 1 min
+    python eval.py --split phrasing                             # in words never used in training
+    python eval.py --instructions mine.txt                      # in yours: lines task<TAB>sentence
 
-Controls, on the same scenes: `blind` sees a constant picture, `deaf` hears an empty sentence, `swap` is told another
-sentence that is valid in the scene and is scored on it and on the original, `retarget` is told another at a random moment and
-scored on that one. A policy that looks and listens fails blind and deaf, and obeys the other two.
+--controls plays the same scenes again with something wrong:
+
+    blind           all pictures are grey
+    blind_shuffled  the pictures are those of another scene, played beside it
+    deaf            the sentence is empty
+    deaf_shuffled   the sentence is another scene's
+    swap            another sentence that fits the scene; scored on it, and on the original
+    retarget        after a random time, another sentence that fits; scored on that one
+
+A policy that looks and listens is at chance in the first four and obeys in the last two. Chance is
+what the best policy without ears would reach: it knows the tasks and does one of them without fail,
+but has to guess which block, which pad or which direction is meant.
 """
+
 import argparse
 import json
 import os
-import re
-import shlex
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import mujoco
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
-from gen_data import (DEMO_SEED, FACTORS, GUARDS, HELD_OUT, MAX_STEPS, PHRASES, SLOTS, SPLITS, SUCCESS_STEPS, TASKS, TEST_SEED, VALID_SEED, Env,
-                      expert, fill, make_instruction, parse_instruction, task_list)
-from model import VLA
+from gen_data import (
+    ACTION_NAMES,
+    DEMO_SEED,
+    FACTORS,
+    FORMS,
+    GUARDS,
+    HELD_OUT,
+    SLOTS,
+    SPLITS,
+    SUCCESS_STEPS,
+    TASKS,
+    TEST_SEED,
+    VALID_SEED,
+    Env,
+    choose,
+    expert,
+    fill,
+    is_held_out,
+    make_instruction,
+    number,
+    parse_instruction,
+    task_list,
+)
+from model import VLA, Policy, explain_errors, tokenize
 
+CONTROLS = ("blind", "blind_shuffled", "deaf", "deaf_shuffled", "swap", "retarget")
+SEED_RANGES = dict(  # where each range of scene seeds begins
+    choosing=VALID_SEED,
+    retired=1_000_000,  # was for reporting, until it had been looked at too often
+    reporting=TEST_SEED,
+    demonstrations=DEMO_SEED,
+)
 
-def fail(message):
-    print(f"eval.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-# ----------------------------------------------------------------------------- settings
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.error, add = fail, parser.add_argument                 # one sentence, without the usage
-add("--ckpt", default=None, help="checkpoint, or a comma list of them (default out/ckpt.pt, else assets/ckpt.pt)")
-add("--policies", default="policy", help="comma list of expert, random, policy (default policy: the checkpoints)")
-add("--controls", action="store_true", help="also run the checkpoints blind, deaf, with swapped and with changing sentences")
-add("--episodes", type=int, default=100, help="episodes per policy and control, shared among the tasks (default 100)")
-add("--tasks", default=None, help=f"all, or a comma list of {', '.join(TASKS)} (default: what the checkpoint was trained on)")
-add("--split", default="seen", choices=SPLITS, help="seen: as in the demonstrations; phrasing: their held-out sentence patterns; "
-    "combo: their held-out colours; crowd: two more blocks (default seen)")
-add("--instructions", type=Path, default=None, help="file of lines task<TAB>sentence with {block} {pad} {lower} {direction} {way}: scores each")
-add("--sensitivity", action="store_true", help="also: how much the action depends on the sentence, before and after training")
-add("--randomize", type=float, default=0.0, help="0 to 1: how far the world may be from normal (default 0)")
-add("--randomize_only", default=None, choices=tuple(FACTORS), help="let this alone differ (default: everything)")
-add("--transfer", action="store_true", help="the checkpoints in the normal world, with each factor, with all; a heat map beside --out")
-add("--ablate", type=Path, default=None, help="file of lines NAME: FLAGS OF train.py, of which the one named `all` holds for "
-    "every other: trains each in out/ablate/NAME, unless that is done, and scores them in one table")
-add("--guard", default="on", choices=("on", "off"), help="the safety guard between every policy and the servos (default on)")
-add("--seed", type=int, default=TEST_SEED, help=f"first scene seed (default {TEST_SEED:,}: the reporting range; "
-    "0 to 999,999 is for choosing, 2,000,000 and up are the demonstrations')")
-add("--execute", type=int, default=None, help="actions carried out per look (default: the checkpoint's own)")
-add("--ensemble", action="store_const", const=True, help="look at every step and average what all chunks say about it")
-add("--flow_steps", type=int, default=None, help="of a flow head's integration (default: the checkpoint's own)")
-add("--width", type=int, default=50, help="scenes played side by side (default 50); results depend on it in the last bits")
-add("--out", type=Path, default=None, help="write results here as JSON, and one line per episode beside it (.jsonl)")
-add("--latency", action="store_true", help="also time predict() on one core")
-args = parser.parse_args()
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-
-
-policies = args.policies.split(",")
-if wrong := [n for n in policies if n not in ("expert", "random", "policy")]:
-    fail(f"--policies {wrong[0]!r} is not one of expert, random, policy")
-if not 0 <= args.randomize <= 1:
-    fail(f"--randomize must be from 0 to 1, not {args.randomize}")
-for flag, value in (("--episodes", args.episodes), ("--width", args.width)):
-    if value < 1:
-        fail(f"{flag} must be at least 1, not {value}")
-if args.seed < 0:
-    fail(f"--seed must not be negative, got {args.seed}")
-ranges = dict(choosing=VALID_SEED, reporting=TEST_SEED, demonstrations=DEMO_SEED)
-seed_range, last_range = ([name for name, first in ranges.items() if seed >= first][-1] for seed in (args.seed, args.seed + args.episodes - 1))
-if seed_range != last_range:
-    fail(f"{args.episodes} scenes from seed {args.seed} reach from the range for {seed_range} into that for {last_range}; choose another --seed")
+COUNTS = dict(  # in a row: how often this is so in its episodes' results
+    k="success",
+    original="original_success",
+    after_done_k="after_done_success",
+    after_done_n="after_done",
+    violations="violations",
+    diverged="diverged",
+    wrong_first="wrong_first",
+    untouched="untouched",
+)
 
 
-def read_ablations(path):
-    """{name: checkpoint} of the lines of the file, trained as far as they are not yet. Lines with the same flags share one."""
-    if args.ckpt or args.transfer or args.controls or args.instructions or "policy" not in policies:
-        fail("--ablate scores the policies that it trains; it goes without --ckpt, --transfer, --controls and --instructions")
-    try:
-        lines = [line.partition(":") for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}")
-    try:
-        flags = {name.strip(): shlex.split(rest) for name, colon, rest in lines if colon}
-    except ValueError as error:
-        fail(f"{path} has a quotation that does not end ({error})")
-    common = flags.pop("all", [])
-    if len(lines) - (common != []) != len(flags) or not flags or any(re.search(r"[^\w. +-]", name) for name in flags):
-        fail(f"{path} should have lines NAME: FLAGS OF train.py, each with a name of its own in letters, digits and spaces")
-    found = {}
-    for name, own in flags.items():
-        folder = Path("out/ablate") / next(n for n in flags if flags[n] == own)
-        found[name], told, note = folder / "ckpt.pt", shlex.join(common + own), folder / "flags.txt"
-        if note.exists() and note.read_text() != told:
-            fail(f"{folder} was trained with other flags ({note.read_text()}); delete it or give the line another name")
-        if not (folder / "curve.png").exists():                # which is what a training ends with
-            print(f"{name}: {told}", flush=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(told)
-            where = ["--resume", str(folder)] if (folder / "resume.pt").exists() else ["--overwrite", "--out_dir", str(folder)]
-            command = [sys.executable, str(Path(__file__).parent / "train.py"), *common, *own, "--eval_interval", "0", *where]
-            before = signal.signal(signal.SIGINT, lambda *_: None)   # Ctrl-C is for train.py, which saves; wait until it has
-            code = subprocess.run(command).returncode
-            signal.signal(signal.SIGINT, before)
-            if code:
-                sys.exit(code)
-    return found
+# ---------------------------------------------------------------------------------- settings
+def read_settings():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    # what is evaluated
+    add("--ckpt", help="checkpoint, or a comma list (default out/ckpt.pt, else assets/ckpt.pt)")
+    add(
+        "--policies",
+        default="policy",
+        help="comma list of expert, random, policy (default policy: the checkpoints)",
+    )
+    add("--controls", action="store_true", help="also run the checkpoints under each control")
+    add(
+        "--execute",
+        type=number(int, 1, 256),
+        help="actions carried out per forward pass (default: the checkpoint's)",
+    )
+    add(
+        "--ensemble",
+        action="store_true",
+        help="instead: a forward pass in every step, averaging all chunks",
+    )
+    add(
+        "--flow_steps",
+        type=number(int, 1, 1000),
+        help="of a flow head's integration (default: the checkpoint's)",
+    )
+    # on what
+    add(
+        "--episodes",
+        type=number(int, 1, 10**6),
+        default=100,
+        help="scenes, shared among the tasks (default 100)",
+    )
+    add(
+        "--seed",
+        type=number(int, 0, 2**31),
+        default=TEST_SEED,
+        help=f"of the first scene (default {TEST_SEED:,}, the range for reporting; 0 to 999,999 "
+        f"is for choosing)",
+    )
+    add(
+        "--tasks",
+        help=f"all, or a comma list of {', '.join(TASKS)} (default: what the checkpoints learned)",
+    )
+    add(
+        "--split",
+        default="seen",
+        choices=SPLITS,
+        help="seen: as in training; phrasing: held-out sentence patterns; combo: held-out colours "
+        "and directions; crowd: two more blocks (default seen)",
+    )
+    add(
+        "--instructions",
+        type=Path,
+        metavar="FILE",
+        help="lines of task<TAB>sentence with {block} {pad} {lower} {direction} {towards} {way}: "
+        "scores each sentence on --episodes scenes",
+    )
+    add(
+        "--randomize",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="0 to 1: how much the world differs from scene to scene (default 0)",
+    )
+    add("--randomize_only", choices=tuple(FACTORS), help="let this alone differ (default all)")
+    add("--no_guard", action="store_true", help="without the safety guard before the servos")
+    # what else is measured, and how
+    add(
+        "--sensitivity",
+        action="store_true",
+        help="also: how far the action follows the sentence, before and after training",
+    )
+    add("--latency", action="store_true", help="also: the time an action takes on one core")
+    add(
+        "--parallel",
+        type=number(int, 1, 1000),
+        default=50,
+        help="scenes played side by side, in one batch, whose size changes the last bits of a "
+        "policy's actions (default 50)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="write results here, and one line per episode beside it (.jsonl)",
+    )
+    args = parser.parse_args()
+
+    args.policies = choose(
+        args.policies.split(","), ("expert", "random", "policy"), "--policies"
+    )
+    if args.tasks:
+        args.tasks = task_list(args.tasks)
+    last = args.seed + args.episodes - 1
+    if range_of(args.seed) != range_of(last):
+        raise ValueError(
+            f"scenes {args.seed} to {last} reach from the range for "
+            f"{range_of(args.seed)} into that for {range_of(last)}; choose another "
+            f"--seed"
+        )
+    if args.instructions and (args.controls or args.tasks or args.policies != ("policy",)):
+        raise ValueError(
+            "--instructions names tasks for checkpoints; it goes without --tasks, "
+            "--policies and --controls"
+        )
+    if args.controls and args.split == "combo":
+        raise ValueError(
+            "--controls gives other instructions that fit a scene, and --split combo "
+            "has too few; use another split"
+        )
+    if args.controls and 1 in (args.parallel, args.episodes % args.parallel):
+        raise ValueError(
+            f"--controls shows a policy another scene of its batch, and the last of "
+            f"{args.episodes} episodes would be alone in a batch of --parallel "
+            f"{args.parallel}; change one of them"
+        )
+    if args.randomize_only and not args.randomize:
+        raise ValueError("--randomize_only says what --randomize changes; give that too")
+    if args.out and args.out.suffix != ".json":
+        raise ValueError(f"--out must be a file name that ends in .json, not {args.out}")
+    return args
 
 
-try:
-    tasks = task_list(args.tasks) if args.tasks else []
-except ValueError as error:
-    fail(f"--tasks {error}")
-if args.out and (args.out.is_dir() or args.out.suffix != ".json" or args.out.parent.exists() and not args.out.parent.is_dir()):
-    fail(f"cannot write {args.out}: --out is a file name that ends in .json, in a folder")
-if (args.transfer or args.instructions) and policies != ["policy"]:
-    fail("--transfer and --instructions score checkpoints alone, without --policies")
-if args.transfer + args.controls + bool(args.instructions) > 1:
-    fail("--transfer, --instructions and --controls are three evaluations; choose one at a time")
-if args.controls and args.split == "combo":
-    fail("--controls tells other things that can be asked for in a scene, and those of --split combo are too few; use another split")
-if args.randomize_only and (args.transfer or not args.randomize):
-    fail("--randomize_only goes with --randomize and without --transfer, which plays every factor")
-ablations = read_ablations(args.ablate) if args.ablate else {}
-models, paths = [], list(dict.fromkeys(ablations.values())) or (args.ckpt.split(",") if args.ckpt else [None])
-if "policy" in policies:
-    try:
-        models = [VLA.load(path) for path in paths]
-    except ValueError as error:
-        fail(error)
-    for model in models:
-        for flag in ("execute", "ensemble", "flow_steps"):
-            if getattr(args, flag) is not None:
-                setattr(model.config, flag, getattr(args, flag))
-        if args.flow_steps and model.config.head != "flow":
-            fail(f"--flow_steps belongs to checkpoints with --head flow, and this one has {model.config.head}")
-        try:
-            model.config.check()
-        except ValueError as error:
-            fail(error)
-if args.transfer and not (models and args.out):
-    fail("--transfer needs checkpoints and --out")
-known = [task for task in TASKS if any(task in m.config.tasks for m in models)] or ["pick_place"]
-tasks = tasks or known
-if args.split == "combo" and not (tasks := [t for t in tasks if t in HELD_OUT]):
-    fail(f"--split combo: no colours are held out in these tasks, only in {', '.join(HELD_OUT)}")
+def range_of(seed):
+    return [name for name, first in SEED_RANGES.items() if seed >= first][-1]
 
 
-def read_instructions(path):
-    """[(task, pattern, slots that the pattern fixes), ..] of a file of lines task<TAB>sentence."""
-    forms = {form: "direction" if form == "towards" else "way" for words in PHRASES.values() for form in words}
-    found, example = [], dict(block="red", pad="blue", lower="blue", direction="left", way="open")
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}")
-    if not lines:
-        fail(f"{path} is empty; it should have lines of a task, a tab and a sentence")
-    for number, line in enumerate(lines, 1):
-        task, _, pattern = (part.strip() for part in line.partition("\t"))
-        if not pattern or task not in TASKS:
-            fail(f"{path}, line {number}: it should begin with one of {', '.join(TASKS)} and a tab, not {line[:40]!r}")
-        named = re.findall(r"{([^}]*)}", pattern)
-        if wrong := [slot for slot in named if slot not in {**SLOTS, **forms}]:
-            fail(f"{path}, line {number}: {{{wrong[0]}}} is not one of {', '.join('{%s}' % s for s in SLOTS)}")
-        missing = set(TASKS[task].slots) - {forms.get(slot, slot) for slot in named}
-        try:                                                   # said in plain words, such as "open" or "left"
-            said = parse_instruction(fill(pattern, example))[1] if missing else {}
-            found.append((task, pattern, {slot: said[slot] for slot in missing}))
-        except (ValueError, KeyError):
-            fail(f"{path}, line {number}: a sentence for {task} must say {', '.join('{%s}' % s for s in TASKS[task].slots)}")
-    return found
+# ----------------------------------------------------------------------------------- playing
+@dataclass
+class Run:
+    """A policy on some scenes."""
+
+    policy: str  # expert, random, vla or bc
+    model: Policy  # of the latter two
+    scenes: list  # (seed, options of Env.reset)
+    label: str
+    control: str = "none"
+    pattern: str = None  # of the sentences to tell, instead of the scenes' own
 
 
-wordings = read_instructions(args.instructions) if args.instructions else []
-if args.out:
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        episode_file = open(args.out.with_suffix(".jsonl.part"), "w")
-    except OSError as error:
-        fail(f"cannot write {args.out}: {error.strerror}")
+class Episode:
+    """One scene being played.
+
+    Of its world it needs reset(seed, options), step(action) and info["success"], as Env has them;
+    for the controls swap and retarget also observe(), draw_request() and set_request()."""
+
+    def __init__(self, env, seed, options, control="none"):
+        self.env = env
+        self.seed = seed
+        self.control = control
+        self.rng = np.random.default_rng([seed, 2])
+        self.obs, self.info = env.reset(seed, options)
+        self.task = self.info.get("task")
+        self.original = self.info["instruction"]
+        self.sentence = self.original  # what the policy is told
+        self.reward = 0.0
+        self.steps = 0
+        self.success = self.over = False
+        self.original_steps = 0  # control steps in a row that it has been done
+        self.original_success = False
+        self.after_done = False  # whether it was done before another came
+        self.switch = 0  # control step when another comes; 0: none
+        if control == "swap":
+            self.meaning = env.meaning  # of the original
+            self.tell_another()
+        if control == "retarget":
+            self.switch = self.rng.integers(5, 40)
+
+    def tell_another(self):
+        """Gives another instruction that fits the scene as it is now, if there is one."""
+        env = self.env
+        request = env.draw_request(self.rng, avoid=env.request) or env.request
+        env.set_request(request, make_instruction(request, self.rng, env.split == "phrasing"))
+        self.sentence = env.instruction
+        self.obs = env.observe()  # its target_pos is another now
+        self.reward = 0.0
+        self.steps = 0
+
+    def step(self, action):
+        self.obs, reward, terminated, truncated, self.info = self.env.step(action)
+        self.reward += reward
+        self.steps += 1
+        diverged = self.info.get("diverged", False)
+        self.success = self.info["success"] and not diverged
+        self.over = terminated or truncated
+        if self.control == "swap":
+            done = TASKS[self.task].success(self.env, **self.meaning)
+            self.original_steps = self.original_steps + 1 if done else 0
+            self.original_success = self.original_steps >= SUCCESS_STEPS
+            self.over = self.over or self.original_success
+        if self.switch and not diverged and (self.success or self.steps == self.switch):
+            self.switch = 0
+            self.after_done = self.success
+            self.success = self.over = False
+            self.tell_another()
+
+    def result(self):
+        return dict(
+            self.info,
+            seed=self.seed,
+            task=self.task,
+            told=self.sentence,
+            original=self.original,
+            success=self.success,
+            original_success=self.original_success,
+            after_done=self.after_done,
+            after_done_success=self.after_done and self.success,
+            reward=self.reward / self.steps,
+            steps=self.steps,
+        )
 
 
-# ----------------------------------------------------------------------------- playing
-def wilson(k, n, z=1.96):
-    """95% interval of a proportion (Wilson 1927); well behaved at 0 and 1."""
-    centre, half = k / n + z * z / 2 / n, z * ((k / n * (1 - k / n) + z * z / 4 / n) / n) ** 0.5
-    return max((centre - half) / (1 + z * z / n), 0), min((centre + half) / (1 + z * z / n), 1)
-
-
-def play(policy, control, seeds, pool, envs, bar, wording):
-    """Plays one scene per seed side by side; returns a list of result dicts. The batch keeps its width to the end.
-    wording: (task, pattern, fixed slots) to use instead of the scenes' own tasks and sentences."""
-    n = len(seeds)
-    results, observations, told = [None] * n, [None] * n, [None] * n
-
-    def begin(i):
-        env, options = envs[i], dict(task=tasks[seeds[i] % len(tasks)])
-        if wording:
-            options = dict(task=wording[0], slots=wording[2])
-        observations[i], info = env.reset(seeds[i], options)
-        if wording:
-            env.set_request(env.request, fill(wording[1], env.slots))
-        env.original, env.original_sentence = (env.request[0], env.which), env.instruction
-        env.original_steps, env.total_reward, env.dice = 0, 0.0, np.random.default_rng([seeds[i], 2])
-        env.chance = 1 / sum(env.can_ask(task, slots) for task in env.tasks for slots in env.requests(task))
-        env.switch = int(env.dice.integers(5, 40)) if control == "retarget" else None
-        if control == "swap":                                  # the environment scores what the policy is told
-            another(i)
-        told[i] = "" if control == "deaf" else env.instruction
-
-    def another(i):
-        """Tells it something else that is valid in the scene as it is now."""
-        env = envs[i]
-        request = env.draw_request(env.dice, avoid=env.request) or env.request
-        env.set_request(request, make_instruction(*request, env.dice, args.split == "phrasing"))
-        observations[i], told[i] = env.observe(), env.instruction
-
-    def step(i, action):
-        env = envs[i]
-        observations[i], reward, success, truncated, info = env.step(action)
-        env.total_reward += reward
-        task, which = env.original
-        env.original_steps = env.original_steps + 1 if TASKS[task].success(env, **which) else 0
-        original = env.original_steps >= SUCCESS_STEPS
-        if env.switch is not None and (success or env.steps >= env.switch) and not info["diverged"]:
-            env.switch, env.total_reward = None, 0.0
-            another(i)
-        elif success or truncated or info["diverged"] or original and control == "swap":
-            results[i] = dict(seed=seeds[i], task=task, told=told[i], original=env.original_sentence,
-                              success=bool(success and not info["diverged"]), original_success=bool(original),
-                              touched=info["touched"], block=info.get("block"), reward=env.total_reward / env.steps,
-                              steps=env.steps, violations=info["violations"], guard=info["guard"],
-                              force=info["force"], diverged=info["diverged"], chance=env.chance)
-            bar.update()
-
-    list(pool.map(begin, range(n)))
-    if isinstance(policy, torch.nn.Module):
-        policy.reset()
-        grey = {f"{c}_image": np.full((64, 64, 3), 127, np.uint8) for c in policy.config.cameras}
-    for _ in range(2 * MAX_STEPS):
-        alive = [i for i in range(n) if results[i] is None]
-        if not alive:
-            break
-        if policy == "expert":
-            actions = {i: expert(envs[i]) for i in alive}
-        elif policy == "random":
-            actions = {i: envs[i].dice.uniform(-1, 1, 4) for i in alive}
+def play(envs, run, scenes, pool):
+    """Plays a scene in each env, side by side; returns the Episodes. A model sees all of them to
+    the end, since the size of its batch changes the last bits of its actions."""
+    starts = [
+        pool.submit(Episode, env, *scene, run.control) for env, scene in zip(envs, scenes)
+    ]
+    episodes = [start.result() for start in starts]
+    others = roll([episode.sentence for episode in episodes])
+    for episode, other in zip(episodes, others):
+        if run.pattern:
+            episode.sentence = fill(run.pattern, episode.env.slots)
+        if run.control == "deaf":
+            episode.sentence = ""
+        if run.control == "deaf_shuffled":
+            episode.sentence = other
+    if run.model:
+        run.model.reset()
+    while running := [episode for episode in episodes if not episode.over]:
+        if run.model:
+            observations = shown([episode.obs for episode in episodes], run.control)
+            sentences = [episode.sentence for episode in episodes]
+            actions = dict(zip(episodes, run.model.act(observations, sentences)))
+        elif run.policy == "expert":
+            actions = {episode: expert(episode.env) for episode in running}
         else:
-            actions = policy.act([o | grey for o in observations] if control == "blind" else observations, told)
-        list(pool.map(step, alive, [actions[i] for i in alive]))
+            size = len(ACTION_NAMES)
+            actions = {episode: episode.rng.uniform(-1, 1, size) for episode in running}
+        list(pool.map(lambda episode: episode.step(actions[episode]), running))
+    return episodes
+
+
+def roll(items):
+    """For each the one before it; for the first, the last."""
+    return items[-1:] + items[:-1]
+
+
+def shown(observations, control):
+    """What a model gets to see under a control."""
+    sources = roll(observations) if control == "blind_shuffled" else observations
+    result = []
+    for obs, source in zip(observations, sources):
+        pictures = {key: value for key, value in source.items() if key.endswith("_image")}
+        if control == "blind":
+            pictures = {key: np.full_like(image, 127) for key, image in pictures.items()}
+        result.append(obs | pictures)
+    return result
+
+
+def evaluate(run, world, parallel):
+    """A result for each scene. world: arguments of Env. parallel: size of a batch."""
+    cameras = run.model.config.cameras if run.model else ()
+    results = []
+    # MuJoCo lets go of the interpreter's lock, but threads beyond four only wait for it
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        envs = [Env(cameras=cameras, **world) for _ in run.scenes[:parallel]]
+        for i in range(0, len(run.scenes), parallel):
+            episodes = play(envs, run, run.scenes[i : i + parallel], pool)
+            results += [episode.result() for episode in episodes]
+    tasks = {options["task"] for _, options in run.scenes}
+    env = Env(cameras=(), **world)
+    for result, scene in zip(results, run.scenes):
+        result["task_chance"], result["chance"] = guessing(env, scene, tasks)
+        failed = not result["success"]
+        touched = result["touched"]
+        result["untouched"] = failed and touched is None
+        result["wrong_first"] = failed and touched not in (None, result.get("block"))
     return results
 
 
-def evaluate(name, policy, control="", changed=None, wording=None, **about):
-    """Rows of one policy: one per task and, if there are several, one for all of them. changed: of the world, arguments of Env.
-    about: what else the rows should say."""
-    changed = changed or (dict(randomize=args.randomize, randomize_only=args.randomize_only) if args.randomize else {})
-    cameras = policy.config.cameras if isinstance(policy, torch.nn.Module) else ()
-    allowed = [t for t in TASKS if t in tasks or t in known]   # what else could be asked for
-    new = lambda _: Env(allowed, cameras, split=args.split, guard=args.guard == "on", **changed)
-    about, seeds = about | changed, list(range(args.seed, args.seed + args.episodes))
-    start, results = time.time(), []
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:        # MuJoCo lets go of the interpreter lock, but more wait for it
-        envs = list(pool.map(new, range(min(args.width, args.episodes))))
-        with tqdm(total=len(seeds), desc=f"{name} {control}".strip(), unit="episode", disable=not sys.stderr.isatty()) as bar:
-            for i in range(0, len(seeds), args.width):
-                results += play(policy, control, seeds[i:i + args.width], pool, envs, bar, wording)
-    if args.out:
-        for r in results:
-            print(json.dumps(dict(policy=name, control=control or "none", **about, **r)), file=episode_file, flush=True)
-    seconds, found = time.time() - start, []
-    for task in [*dict.fromkeys(r["task"] for r in results), "all"]:
-        mine = [r for r in results if task in ("all", r["task"])]
-        n, k = len(mine), sum(r["success"] for r in mine)
-        failed, (low, high) = [r for r in mine if not r["success"]], wilson(k, n)
-        mean = lambda key: float(np.mean([r[key] for r in mine]))
-        found.append(dict(
-            policy=name, control=control or "none", task=task, split=args.split, k=k, n=n, low=low, high=high,
-            range=seed_range, reward=mean("reward"),
-            reward_sd=float(np.std([r["reward"] for r in mine])), steps=mean("steps"),
-            steps_sd=float(np.std([r["steps"] for r in mine])), violations=sum(r["violations"] for r in mine),
-            guard={g: sum(r["guard"][g] for r in mine) for g in GUARDS}, force_p95=float(np.percentile([r["force"] for r in mine], 95)),
-            force_max=max(r["force"] for r in mine), diverged=sum(r["diverged"] for r in mine),
-            original=sum(r["original_success"] for r in mine),
-            wrong_first=sum(r["touched"] not in (None, r["block"]) for r in failed), untouched=sum(r["touched"] is None for r in failed),
-            chance=mean("chance"), seconds=seconds, **about))
-    if len(found) == 2:
-        found = found[:1]
-    row = found[-1]
-    text = percent(row)
-    if control == "swap":
-        text += f" on the sentence given, {percent(dict(row, k=row['original']))} on the original"
-    print(f"{name:8} {control or '-':8} {text}; reward {row['reward']:.2f} ± {row['reward_sd']:.2f}, steps {row['steps']:.0f} ± "
-          f"{row['steps_sd']:.0f}, guard {', '.join(f'{v} {k}' for k, v in row['guard'].items() if v) or 'never'}, force on a block p95 "
-          f"{row['force_p95']:.0f} N, max {row['force_max']:.0f} N; of {row['n'] - row['k']} failures {row['wrong_first']} touched a wrong "
-          f"block first and {row['untouched']} none; {row['seconds']:.0f} s", flush=True)
+def guessing(env, scene, tasks):
+    """Chances of success without ears in this scene: knowing which task it is, and not knowing."""
+    env.reset(*scene)
+    held_out = is_held_out(*env.request)
+    chance = {}
+    for task in tasks:
+        askable = [
+            slots
+            for slots in env.requests(task)
+            if is_held_out(task, slots) == held_out and env.can_ask(task, slots)
+        ]
+        if askable:
+            chance[task] = 1 / len(askable)
+    return chance[env.task], max(chance.values()) / len(tasks)
+
+
+# ----------------------------------------------------------------------------------- results
+def wilson(k, n, z=1.96):
+    """95% interval of a proportion (Wilson 1927); well behaved at 0 and 1."""
+    p = k / n
+    centre = p + z**2 / n / 2
+    half = z * (p * (1 - p) / n + (z / n) ** 2 / 4) ** 0.5
+    scale = 1 + z**2 / n
+    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+
+
+def percent(k, n):
+    low, high = wilson(k, n)
+    return f"{k}/{n} = {100 * k / n:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def summarize(results, task, about):
+    """One row: of a task, or of "all"."""
+    results = [result for result in results if task in ("all", result["task"])]
+
+    def column(key):
+        return np.array([result[key] for result in results])
+
+    row = dict(about, task=task, n=len(results))
+    for key, counted in COUNTS.items():
+        row[key] = int(column(counted).sum())
+    for key in ("reward", "steps"):
+        row[key] = column(key).mean()
+        row[f"{key}_sd"] = column(key).std()
+    row["low"], row["high"] = wilson(row["k"], row["n"])
+    row["guard"] = {name: sum(guard[name] for guard in column("guard")) for name in GUARDS}
+    row["force_p95"] = np.percentile(column("force"), 95)
+    row["force_max"] = column("force").max()
+    row["chance"] = column("chance" if task == "all" else "task_chance").mean()
+    return row
+
+
+def describe(row):
+    """A line about a row."""
+    text = f"{row['label']:14} {percent(row['k'], row['n'])}"
+    if row["control"] == "swap":
+        text += f" on the sentence told, {percent(row['original'], row['n'])} on the original"
+    if row["control"] == "retarget":
+        text += (
+            f" ({row['after_done_k']}/{row['after_done_n']} where the first was done before)"
+        )
+    stops = [f"{count} {name}" for name, count in row["guard"].items() if count]
+    return (
+        f"{text}; reward {row['reward']:.2f} +- {row['reward_sd']:.2f}, steps {row['steps']:.0f} "
+        f"+- {row['steps_sd']:.0f}, guard {', '.join(stops) or 'never'}, force on a block p95 "
+        f"{row['force_p95']:.0f} N, max {row['force_max']:.0f} N; {row['wrong_first']} failures "
+        f"touched a wrong block first and {row['untouched']} none; {row['seconds']:.0f} s"
+    )
+
+
+def print_table(columns):
+    """Markdown. columns: for each label its rows, of the same tasks."""
+    print(f"| task | chance | {' | '.join(columns)} |")
+    print("| --- | --- |" + " --- |" * len(columns))
+    for rows in zip(*columns.values()):
+        cells = " | ".join(percent(row["k"], row["n"]) for row in rows)
+        print(f"| {rows[0]['task']} | {100 * rows[0]['chance']:.1f}% | {cells} |")
+
+
+# ------------------------------------------------------------------------ other measurements
+
+
+def open_part(path):
+    """A file beside `path` that becomes it when it is complete."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(f"{path}.part", "w")
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path} ({error.strerror}); choose another --out"
+        ) from None
+
+
+# ------------------------------------------------------------------------ other measurements
+def read_instructions(path):
+    """[(task, pattern, slots that it fixes, one sentence), ..] of lines of task<TAB>pattern."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} as text: {error}") from None
+    found = []
+    for line in filter(str.strip, lines):
+        task, _, pattern = line.strip().partition("\t")
+        if task not in TASKS or not pattern:
+            raise ValueError(
+                f"{path}: a line should be one of {', '.join(TASKS)}, a tab and a "
+                f"sentence, not {line[:60]!r}"
+            )
+        example = {slot: SLOTS[slot][0] for slot in TASKS[task].slots}
+        fixed = {}
+        try:
+            sentence = fill(pattern, example)
+            for slot in example:
+                other = fill(pattern, example | {slot: SLOTS[slot][1]})
+                if other == sentence:  # it is said in plain words, such as "left"
+                    fixed[slot] = parse_instruction(sentence)[1][slot]
+        except (ValueError, KeyError, IndexError):
+            slots = " and ".join("{%s}" % slot for slot in example)
+            raise ValueError(
+                f"{path}: {pattern!r} should say {slots}, or plain words in place of "
+                f"them, and have no other braces"
+            ) from None
+        found.append((task, pattern, fixed, sentence))
+    if not found:
+        raise ValueError(
+            f"{path} is empty; it should have lines of a task, a tab and a sentence"
+        )
     return found
 
 
-def percent(row):
-    low, high = wilson(row["k"], row["n"])
-    return f"{row['k']}/{row['n']} = {100 * row['k'] / row['n']:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+def sensitivity(model, seeds):
+    """Mean distance of the next actions, in [-1, 1], for two sentences that fit the same scene:
+    before and after training."""
+    torch.manual_seed(0)
+    fresh = VLA(model.config).eval()
+    env = Env(model.config.tasks, model.config.cameras)
+    distances = []
+    for seed in seeds:
+        obs, info = env.reset(seed)
+        rng = np.random.default_rng([seed, 2])
+        other = env.draw_request(rng, avoid=env.request) or env.request
+        sentences = [info["instruction"], make_instruction(other, rng)]
+        plans = [policy.plan([[obs], [obs]], sentences) for policy in (fresh, model)]
+        distances.append([np.abs(one[0] - two[0]).mean() for one, two in plans])
+    return np.mean(distances, 0).tolist()
 
 
-# ----------------------------------------------------------------------------- the table
-fingerprint = dict(torch=str(torch.__version__), mujoco=mujoco.__version__, numpy=np.__version__, cpu=torch.backends.cpu.get_cpu_capability(),
-                   threads=torch.get_num_threads(), seed=args.seed)
-print(", ".join(f"{k} {v}" for k, v in fingerprint.items()))
-for model in models:
-    print(f"{model.path}: step {model.step}, commit {model.fingerprint.get('commit')}, data {model.fingerprint.get('data')}"
-          + "; to train it again, delete its folder" * bool(ablations))
-rows, headline = [], {}                                        # of each checkpoint, the row for all tasks
-try:
-    if not args.transfer and not wordings:
-        print(f"{args.episodes} scenes from seed {args.seed}, split {args.split}, tasks {', '.join(tasks)}; success [95% Wilson "
-              "interval]", flush=True)
-        for name in policies:
-            if name != "policy":
-                rows += evaluate(name, name)
-        for model in models:
-            for control in ("", *(("blind", "deaf", "swap", "retarget") if args.controls and model.config.model == "vla" else ())):
-                if len(models) > 1:
-                    print(f"{model.path}:", end=" ")
-                rows += evaluate(model.config.model, model, control, ckpt=model.path)
-                if not control:
-                    headline[model] = rows[-1]
-        print(f"chance, for who moves perfectly and picks any of the things that could be asked for, is {100 * rows[-1]['chance']:.1f}%")
-        columns = list(dict.fromkeys((len(models) > 1 and r.get("ckpt") or r["policy"], r["control"]) for r in rows))
-        if len(tasks) > 1 and not args.ablate:
-            names = [p if c == "none" else f"{p} {c}" if len(models) > 1 else c for p, c in columns]
-            print(f"| task | {' | '.join(names)} |\n{'| --- ' * (len(names) + 1)}|")
-            for task in [*tasks, "all"]:
-                cells = [r for r in rows if r["task"] == task]
-                if cells:
-                    print(f"| {task} | " + " | ".join(percent(r) for r in cells) + " |")
-    for model in models if wordings else ():                   # anybody's words
-        for wording in wordings:
-            print(f"{model.path}, {wording[0]}: {wording[1]}")
-            try:
-                rows += evaluate(model.config.model, model, wording=wording, ckpt=model.path, sentence=wording[1])
-            except ValueError as error:
-                print(f"         not understood: {error}")
-    if args.transfer:
-        amount = args.randomize or 1.0
-        worlds = {"normal": {}, **{f: dict(randomize=amount, randomize_only=f) for f in FACTORS}, "all": dict(randomize=amount)}
-        matrix = []
-        for model in models:
-            matrix.append([])
-            for name, changed in worlds.items():
-                print(f"{model.path}, {name}:", end=" ")
-                rows.append(evaluate(model.config.model, model, changed=changed or dict(randomize=0.0), ckpt=model.path, world=name)[-1])
-                matrix[-1].append(rows[-1]["k"] / rows[-1]["n"])
-except ValueError as error:                                    # other words, cameras or states than this world's
-    if args.out:
-        episode_file.close()
-        os.unlink(episode_file.name)
-    fail(error)
-if args.transfer:
-    figure = Figure(figsize=(9, 1.2 + 0.6 * len(models)), layout="constrained")     # no pyplot: draws without a display
-    axes = figure.subplots()
-    axes.imshow(matrix, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(worlds)), list(worlds)), axes.set_yticks(range(len(models)), [Path(model.path).stem for model in models])
-    for i, line in enumerate(matrix):
-        for j, value in enumerate(line):
-            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center")
-    axes.set_title(f"success in %, {args.episodes} scenes a cell; world randomised by {amount:g} in")
-    figure.savefig(args.out.with_suffix(".png"), dpi=110)
-
-# ----------------------------------------------------------------------------- other measurements
-if args.sensitivity:
-    for model in [m for m in models if m.config.model == "vla"]:
-        torch.manual_seed(0)
-        fresh = type(model)(model.config)
-        fresh.load_state_dict({k: v for k, v in model.state_dict().items() if k.endswith(("_mean", "_std"))}, strict=False)
-        env, difference = Env([t for t in TASKS if t in model.config.tasks], model.config.cameras), []
-        for seed in range(args.seed, args.seed + args.episodes):
-            obs, info = env.reset(seed)
-            dice = np.random.default_rng([seed, 2])
-            other = env.draw_request(dice, avoid=env.request) or env.request
-            told = [info["instruction"], make_instruction(*other, dice)]
-            difference.append([np.abs(np.diff(policy.plan([obs, obs], told)[:, 0], axis=0)).mean() for policy in (fresh.eval(), model)])
-        before, after = np.mean(difference, 0)
-        print(f"{model.config.model} sensitivity: two sentences in one scene differ in the next action by {before:.3f} before training "
-              f"and {after:.3f} after (mean of 4 numbers, each in [-1, 1]; {len(difference)} scenes)")
-        headline.get(model, {})["sensitivity"] = [float(before), float(after)]
-if args.latency or args.ablate:
+def latency(model, seed):
+    """p50 and p95 of a forward pass on one core, ms. Actions from its chunk cost nothing."""
     torch.set_num_threads(1)
+    obs, info = Env(model.config.tasks, model.config.cameras).reset(seed)
+    times = []
+    for _ in range(52):
+        start = time.perf_counter()
+        model.plan([[obs]], [info["instruction"]])
+        times.append((time.perf_counter() - start) * 1e3)
+    return np.percentile(times[2:], (50, 95)).tolist()  # the first two warm up
+
+
+# -------------------------------------------------------------------------------------- script
+def main():
+    args = read_settings()
+    models = []
+    if "policy" in args.policies:
+        paths = args.ckpt.split(",") if args.ckpt else [None]
+        models = [VLA.load(path) for path in dict.fromkeys(paths)]
+    changes = dict(execute=args.execute, ensemble=args.ensemble, flow_steps=args.flow_steps)
+    changes = {name: value for name, value in changes.items() if value}
     for model in models:
-        env, execute = Env(tasks, model.config.cameras), 1 if model.config.ensemble else model.config.execute
-        obs, info = env.reset(args.seed)
-        model.reset()
-        times = []
-        for _ in range(50 * execute):
-            begin = time.perf_counter()
-            model.predict(obs, info["instruction"])
-            times.append((time.perf_counter() - begin) * 1e3)
-        times = np.array(times).reshape(-1, execute)[2:]       # ms; a row is a look and what is taken from its chunk
-        kinds = {"fresh look": times[:, 0], "from the chunk": times[:, 1:], "averaged over a chunk": times.mean(1)}
-        latency = headline.get(model, {})["latency_ms"] = {k: np.percentile(v, (50, 95)).tolist() for k, v in kinds.items() if v.size}
-        print(f"{model.config.model} predict on one core, p50 and p95: " + ", ".join(
-            f"{k} {p50:.2f} and {p95:.2f} ms" for k, (p50, p95) in latency.items()))
-if args.ablate:
-    print("| settings | success | parameters | samples/s | p50 of a fresh look |\n| --- | --- | --- | --- | --- |")
-    curves = {}                                                # of lines named WORD NUMBER: {word: {number: row}}
-    for name, path in ablations.items():
-        log = [json.loads(line) for line in path.with_name("log.jsonl").read_text().splitlines()]
-        model = models[paths.index(path)]
-        row = headline[model]
-        row.update(parameters=sum(p.numel() for p in model.parameters()),
-                   samples_per_s=float(np.median([line["samples_per_s"] for line in log])))
-        row["name"] = ", ".join(n for n, p in ablations.items() if p == path)
-        print(f"| {name} | {percent(row)} | {row['parameters']:,} | {row['samples_per_s']:.0f} | "
-              f"{row['latency_ms']['fresh look'][0]:.1f} ms |")
-        word, _, number = name.rpartition(" ")
-        if number.isdigit():
-            curves.setdefault(word, {})[int(number)] = row
-    curves = {word: dict(sorted(curve.items())) for word, curve in curves.items() if len(curve) > 1}
-    if args.out and curves:
-        figure = Figure(figsize=(4 * len(curves), 3.2), layout="constrained")
-        axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)
-        for axis, (word, curve) in zip(axes[0], curves.items()):
-            k, low, high = (100 * np.array(v) for v in zip(*((r["k"] / r["n"], r["low"], r["high"]) for r in curve.values())))
-            axis.errorbar(list(curve), k, np.maximum([k - low, high - k], 0), fmt="o-", capsize=3)
-            axis.set_xscale("log"), axis.minorticks_off(), axis.grid(alpha=0.3)
-            sizes = len({r["parameters"] for r in curve.values()}) > 1
-            axis.set_xticks(list(curve), [f"{n:,}" + f"\n{r['parameters'] / 1e6:.1f}M" * sizes for n, r in curve.items()], fontsize=7)
-            axis.set_xlabel(word + ", parameters" * sizes)
-        axes[0, 0].set_ylabel(f"success in %, {args.episodes} scenes"), axes[0, 0].set_ylim(-3, 103)
-        figure.savefig(args.out.with_suffix(".png"), dpi=110)
-if args.out:
-    episode_file.close()
-    Path(episode_file.name).replace(args.out.with_suffix(".jsonl"))
-    args.out.write_text(json.dumps(dict(rows=rows, fingerprint=fingerprint), indent=1))
+        vars(model.config).update(changes)
+        model.config.check(changes)
+
+    # the scenes
+    known = [task for task in TASKS if any(task in model.config.tasks for model in models)]
+    tasks = args.tasks or known or ["pick_place"]
+    if args.split == "combo":
+        tasks = [task for task in tasks if task in HELD_OUT]
+    if not tasks:
+        raise ValueError(
+            f"--split combo is for tasks with held-out words: {', '.join(HELD_OUT)}"
+        )
+    world = dict(
+        tasks=[task for task in TASKS if task in tasks or task in known],
+        split=args.split,
+        randomize=args.randomize,
+        randomize_only=args.randomize_only,
+        guard=not args.no_guard,
+    )
+    seeds = range(args.seed, args.seed + args.episodes)
+    scenes = [(seed, dict(task=tasks[seed % len(tasks)])) for seed in seeds]
+
+    # what is run on them
+    wordings = read_instructions(args.instructions) if args.instructions else []
+    runs = [Run(name, None, scenes, name) for name in args.policies if name != "policy"]
+    for model in models:
+        kind = model.config.model
+        prefix = f"{model.path} " if len(models) > 1 else ""
+        if not wordings:
+            runs.append(Run(kind, model, scenes, prefix + kind))
+        if args.controls and kind == "vla":
+            runs += [
+                Run(kind, model, scenes, prefix + control, control) for control in CONTROLS
+            ]
+        for task, pattern, fixed, example in wordings:
+            label = f"{prefix}{task}: {pattern}"
+            asked = [(seed, dict(task=task, slots=fixed)) for seed in seeds]
+            try:
+                tokenize(example, model.config)
+                runs.append(Run(kind, model, asked, label, pattern=pattern))
+            except ValueError as error:
+                print(f"{label}: not understood: {error}")
+    if not runs:
+        raise ValueError(f"no sentence of {args.instructions} was understood; use other words")
+
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    fingerprint = dict(
+        torch=torch.__version__,
+        mujoco=mujoco.__version__,
+        numpy=np.__version__,
+        cpu=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        seed=args.seed,
+        code=git.stdout.strip() or "unknown",
+    )
+    print(", ".join(f"{key} {value}" for key, value in fingerprint.items()))
+    for model in models:
+        print(
+            f"{model.path}: step {model.step}, commit {model.fingerprint.get('commit')}, data "
+            f"{model.fingerprint.get('data')}"
+        )
+    print(
+        f"{args.episodes} scenes from seed {args.seed} ({range_of(args.seed)}), split "
+        f"{args.split}; success [95% Wilson interval]",
+        flush=True,
+    )
+
+    # everything goes to .part files until all is done
+    if args.out:
+        lines = args.out.with_suffix(".jsonl")
+        lines_part = open_part(lines)
+        rows_part = open_part(args.out)
+    rows = []
+    columns = {}  # of the table
+    for run in runs:
+        start = time.time()
+        results = evaluate(run, world, args.parallel)
+        about = dict(
+            label=run.label,
+            policy=run.policy,
+            control=run.control,
+            split=args.split,
+            range=range_of(args.seed),
+            seconds=time.time() - start,
+            ckpt=run.model.path if run.model else None,
+        )
+        groups = list(dict.fromkeys(result["task"] for result in results))
+        if len(groups) > 1:
+            groups.append("all")
+        column = [summarize(results, task, about) for task in groups]
+        columns[run.label] = column
+        rows += column
+        print(describe(column[-1]), flush=True)
+        if args.out:
+            for result in results:
+                print(json.dumps(about | result), file=lines_part, flush=True)
+    if not wordings:
+        print_table(columns)
+
+    for model in models:
+        measured = {}
+        if args.sensitivity and model.config.model == "vla":
+            measured["sensitivity"] = before, after = sensitivity(model, seeds)
+            print(
+                f"{model.path}: two sentences in one scene differ in the next action by "
+                f"{before:.3f} before training and {after:.3f} after it"
+            )
+        if args.latency:
+            measured["latency_ms"] = p50, p95 = latency(model, args.seed)
+            print(
+                f"{model.path}: a forward pass on one core takes {p50:.1f} ms (p95 {p95:.1f})"
+            )
+        for row in rows:
+            if (
+                row["ckpt"] == model.path
+                and row["control"] == "none"
+                and row["n"] == args.episodes
+            ):
+                row.update(measured)
+
+    if args.out:
+        json.dump(dict(rows=rows, fingerprint=fingerprint), rows_part, indent=1)
+        for part, path in ((rows_part, args.out), (lines_part, lines)):
+            part.close()
+            Path(part.name).replace(path)
+
+
+if __name__ == "__main__":
+    explain_errors("eval.py")
+    main()
