@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -45,6 +46,7 @@ SUCCESS_STEPS = 5  # control steps (0.25 s) that success must hold
 IMAGE_SIZE = 64  # px
 CAMERAS = ("front", "wrist", "top")
 PROPRIO = ("joint_pos", "ee_pos", "ee_vel", "gripper")  # observations that a robot feels
+# exactly these two give the answer away; they are also the goal that train.py regresses
 PRIVILEGED = ("object_pos", "target_pos")  # those that give the answer away
 
 COLORS = {
@@ -1586,7 +1588,9 @@ def generate(out, episodes, seed, shard, world, noise, workers):
     folder = out.with_name(out.name + ".part")
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "settings.json"
-    settings = json.dumps(dict(world, seed=seed, shard=shard, noise=noise, schema=SCHEMA))
+    code = zlib.crc32(Path(__file__).read_bytes())  # no mixture of two versions
+    settings = dict(world, seed=seed, shard=shard, noise=noise, schema=SCHEMA, code=code)
+    settings = json.dumps(settings)
     if not note.exists():
         write_file(note, settings.encode())
     if note.read_text() != settings:
@@ -1683,11 +1687,15 @@ def split_of(scene_seed, tasks):
 
 def describe(path):
     """Prints what is said of a data file and how many episodes each task has."""
-    with h5py.File(path) as file:
-        for key, value in file.attrs.items():
-            print(f"{key:12} {str(value)[:200]}")
-        tasks = Counter(file[f"episode_{i}"].attrs["task"] for i in range(file.attrs["total"]))
-        print(", ".join(f"{task} {n}" for task, n in tasks.items()))
+    try:
+        with h5py.File(path) as file:
+            for key, value in file.attrs.items():
+                print(f"{key:12} {str(value)[:200]}")
+            episodes = range(file.attrs["total"])
+            tasks = Counter(file[f"episode_{i}"].attrs["task"] for i in episodes)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{path} is not a data file of gen_data.py ({error})") from None
+    print(", ".join(f"{task} {n}" for task, n in tasks.items()))
 
 
 # -------------------------------------------------------------------------------------- script
@@ -1772,6 +1780,8 @@ def main():
         return describe(args.info)
     if args.out.exists():
         raise ValueError(f"{args.out} exists; delete it or choose another --out")
+    if args.shard[0] > args.shard[1]:
+        raise ValueError(f"--shard {args.shard[0]} {args.shard[1]}: I must be at most N")
     if args.randomize_only and not args.randomize:
         raise ValueError("--randomize_only says what --randomize is to change; give that too")
     world = dict(

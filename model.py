@@ -11,8 +11,8 @@ its parts and their sizes.
                             └──────────────────────────────────────────────────────────────────────┴▶ head
 
 A sentence reaches the action like this: `tokenize` makes word numbers, `Text` words in their context,
-`Pointers` looks in the patches for what the words name, `fusion` mixes what it found with everything
-else, `goal` reads off where thing and place are, and the head turns all that into K actions.
+`Pointers` looks in the patches for what the words name, `fusion` mixes what it found with the mean
+word and everything else, `goal` reads off where thing and place are, and the head turns all that into K actions.
 
 Dimension letters, used everywhere: B batch (moments), V views (pictures of a moment: every camera's
 newest, then the ones before), H W pixels, P patches of all views, L text tokens, N tokens of any kind,
@@ -22,6 +22,7 @@ U distinct sentences, R rows (pairs of a moment and a sentence), M attention map
 
 import argparse
 import dataclasses
+import io
 import os
 import pickle
 import re
@@ -86,8 +87,9 @@ def check_fields(settings, explicit=()):
             raise ValueError(
                 f"--{field.name} must be from {about['low']} to {about['high']}, not {value}"
             )
-        if field.type is tuple and not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{field.name} must hold words, not {value!r}")
+        if field.type is tuple:
+            if len(set(value)) < len(value) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"--{field.name} must be names, none of them twice, not {value!r}")
         if about["needs"] and field.name in explicit:
             other, values = about["needs"]
             if getattr(settings, other) not in values:
@@ -552,7 +554,7 @@ FUSIONS = dict(attention=Attention, transformer=Transformer, concat=Concat, mult
 
 # -------------------------------------------------------------------------------- action heads
 # A head has forward(features), the actions, and error(features, target, valid), what is trained: one
-# number of at least 0 for each number of the actions, not reduced; train.py weights and averages them.
+# number for each number of the actions, not reduced; train.py weights and averages them.
 class Continuous(nn.Module):
     """Regression: features (R, size) to actions (R, K, A) in [-1, 1]; error() is (R, K, A), of each
     number on its own, for targets (R, K, A), of which only the `valid` (R, K) bool count."""
@@ -802,7 +804,7 @@ class VLA(Policy):
         patches (R, M, kept): of the two pointers, if any, then of two CLS heads, if any. Row i
         sees patches[picture[i]]."""
         state = self.normalize(state)
-        others = [words[:, :0]]
+        others = [words[:, :0]]  # (R, 0, C): cat never meets an empty list
         maps = []
         if self.pointers:
             found, attention = self.pointers(queries, patches, picture)
@@ -895,8 +897,10 @@ def save_file(path, content):
     """torch.save that never leaves half a file, not even when the power fails."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
+    buffer = io.BytesIO()  # so that a full disk is Python's OSError
+    torch.save(content, buffer)
     with open(part, "wb") as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

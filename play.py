@@ -211,7 +211,7 @@ class Scene:
         self.camera.light = like.light
         self.camera.strength = like.strength
         self.camera.refit()
-        self.tell(args.instruction or self.env.instruction)
+        self.tell(self.env.instruction if args.instruction is None else args.instruction)
 
     def tell(self, sentence):
         """A sentence to obey from now on. Raises ValueError if it is not understood."""

@@ -132,7 +132,7 @@ class Settings(Config):
         "that only the pointers' names depend on them",
         (0, 1),
         low=0,
-        needs=("pointers", (1,)),
+        needs=("text", ("word",)),
     )
     # data and machine
     data: str = setting(
@@ -332,9 +332,16 @@ class Demonstrations:
         uvs = [f"grounding/{camera}_uv" for camera in self.cameras] or ["grounding/things_pos"]
         names = ["actions", *images, *uvs, *[f"observations/{key}" for key in observed]]
         names += [f"grounding/relabel{end}" for end in ("", "_things", "_goal", "_action")]
+        size = groups[0][images[0]].shape[2] if images else Config.image_size
         kinds = {
             name: (groups[0][name].shape[1:], groups[0][name].dtype.kind) for name in names
         }
+        for name in images:
+            if kinds[name][1] != "u" or kinds[name][0] != (size, size, 3):
+                raise ValueError(
+                    f"{settings.data}: {name} must be (T, size, size, 3) uint8, not "
+                    f"{groups[0][name].shape} {groups[0][name].dtype}"
+                )
         lengths = []
         for group in groups:
             lengths.append(len(group["actions"]))
@@ -346,7 +353,6 @@ class Demonstrations:
                         f"{array.dtype}, unlike the first episode's"
                     )
         N = sum(lengths)
-        size = groups[0][images[0]].shape[2] if images else Config.image_size
         self._check_memory(N * (len(images) * size**2 * 3 + 2000), len(groups), settings)
         self.images = torch.empty(N, len(images), size, size, 3, dtype=torch.uint8)
         columns = {name: [] for name in names if name not in images}
@@ -689,7 +695,7 @@ if not files:
 data_minutes = (time.time() - clock) / 60
 try:
     demos = Demonstrations(files, settings, chosen)
-except (OSError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+except (OSError, LookupError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
     raise ValueError(
         f"{settings.data} cannot be used ({one_line(error)}); give another --data, or move "
         "it away and have one made"
@@ -876,7 +882,7 @@ for step in tqdm(
             flush=True,
         )
         began, measured = time.time(), done
-    stop = bool(average(torch.tensor(float(len(stopping)))))  # all of them stop together
+    stop = bool(average(torch.tensor(float(len(stopping)), device=device)))  # all of them stop together
     if (
         stop
         or done == settings.steps
