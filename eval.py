@@ -2,8 +2,8 @@
 seen. Times are for 2 CPU cores.
 
     python eval.py                                              # 100 episodes of out/ckpt.pt, 10 s
-    python eval.py --policies expert,random,policy --controls   # beside ceiling and floor, 3 min
-    python eval.py --episodes 500 --out results.json            # the number to report, 1 min
+    python eval.py --policies expert,random,policy --controls   # beside ceiling and floor, 4 min
+    python eval.py --episodes 500 --out results.json            # the figure to report, 1 min
     python eval.py --split phrasing                             # in words never used in training
     python eval.py --instructions mine.txt                      # in yours: lines task<TAB>sentence
 
@@ -16,7 +16,8 @@ seen. Times are for 2 CPU cores.
     swap            another sentence that fits the scene; scored on it, and on the original
     retarget        after a random time, another sentence that fits; scored on that one
 
-A policy that looks and listens is at chance in the first four and obeys in the last two. Chance is
+A policy that looks and listens succeeds at most as often as chance in the first four, and obeys in
+the last two. Chance is
 what the best policy without ears would reach: it knows the tasks and does one of them without fail,
 but has to guess which block, which pad or which direction is meant.
 """
@@ -443,9 +444,7 @@ def print_table(columns):
         print(f"| {rows[0]['task']} | {100 * rows[0]['chance']:.1f}% | {cells} |")
 
 
-# ------------------------------------------------------------------------ other measurements
-
-
+# ------------------------------------------------------------------------------------ files
 def open_part(path):
     """A file beside `path` that becomes it when it is complete."""
     try:

@@ -46,8 +46,8 @@ SUCCESS_STEPS = 5  # control steps (0.25 s) that success must hold
 IMAGE_SIZE = 64  # px
 CAMERAS = ("front", "wrist", "top")
 PROPRIO = ("joint_pos", "ee_pos", "ee_vel", "gripper")  # observations that a robot feels
-# exactly these two give the answer away; they are also the goal that train.py regresses
-PRIVILEGED = ("object_pos", "target_pos")  # those that give the answer away
+# Exactly these two give the answer away; they are also the goal that train.py regresses.
+PRIVILEGED = ("object_pos", "target_pos")
 
 COLORS = {
     "red": (0.86, 0.10, 0.10),
@@ -85,6 +85,7 @@ FORCE_LIMIT = 40.0  # N, at any contact of a block; above it the hand backs off
 VALID_SEED = 0  # for choosing
 TEST_SEED = 1_500_000  # for reporting, once a release
 DEMO_SEED = 2_000_000
+# Random streams of a scene: [seed] itself; [seed, 1] recording, 2 eval.py, 7 world, 8 pixels, 9 next.
 
 # What demonstrations never show: these combinations of slots, and each task's last two sentences.
 HELD_OUT = dict(
@@ -183,7 +184,8 @@ def parse_instruction(text):
     """The request that a sentence in anybody's words makes. Raises ValueError if none fits.
 
     A colour is a block's or a pad's by the word after it, or else by its place: the first is the
-    block's, the second the pad's. Of tasks with the same slots, the nearest wording decides.
+    block's, the second the pad's. Of tasks with the same slots, the nearest wording decides; words
+    that mean nothing here are ignored.
     """
     words = re.findall("[a-z]+", text.lower())
     slots = {}
@@ -198,11 +200,14 @@ def parse_instruction(text):
             slots["direction"] = word
     drawer = not {"drawer", "cabinet", "handle"}.isdisjoint(words)
     if drawer and not slots:
-        shut = "close" in words or "shut" in words or "push" in words and "open" not in words
-        slots["way"] = "close" if shut else "open"
+        shut = not {"close", "closed", "shut"}.isdisjoint(words)
+        pushed = "push" in words and "open" not in words
+        slots["way"] = "close" if shut or pushed else "open"
     tasks = [task for task in TASKS if set(TASKS[task].slots) == set(slots)]
     colors = [word for word in words if word in COLORS]
-    if not tasks or len(colors) > 2 or drawer != ("way" in slots):
+    pushed = not {"push", "slide", "shove", "nudge"}.isdisjoint(words)
+    aimless = pushed and set(slots) == {"block"}  # pushed, but where to?
+    if not tasks or aimless or len(colors) > 2 or drawer != ("way" in slots):
         raise ValueError(
             f"it is not clear what {text!r} asks for: it should name a block by its colour "
             f"({', '.join(COLORS)}), and if need be a pad, a second block or a direction "
@@ -470,7 +475,8 @@ class RayCamera:
 
 # -------------------------------------------------------------------------------- environment
 class TouchMemory:
-    """What has been touched and lifted since an instruction came: the only memory in the world.
+    """What has been touched and lifted since an instruction came. Success of lift and push depends on
+    it, and no picture shows it; the expert does not read it.
 
     What is in the hand at that moment counts as touched only when it is touched anew, and a block
     that is in the air counts from where it is put down."""
@@ -512,7 +518,8 @@ class Env:
     gripper > 0 opens, otherwise it closes. info["violations"] counts what the guard stopped,
     info["force"] is the largest contact force on a block so far, N, the table's included.
 
-    Things are numbered: blocks, then pads, then the drawer's handle.
+    Things are numbered: blocks, then pads, then the drawer's handle. `command` and `q_command` are
+    where hand and joints are to be, `ee_pos` and `data` where they are; `ik_data` is scratch.
     """
 
     def __init__(
@@ -599,8 +606,9 @@ class Env:
         )
         text = options.get("instruction")
         slots = options.get("slots") or {}
-        named = set(slots) == set(TASKS[task].slots)  # an explicit request is granted
-        held_out = True if self.split == "combo" else None if named else False
+        held_out = self.split == "combo"
+        if not held_out and set(slots) == set(TASKS[task].slots):
+            held_out = None  # an explicit request is granted, held out or not
         if self.randomize or self.changed:
             self._randomize(np.random.default_rng([self.seed, 7]))
         for _ in range(1000):
@@ -1371,7 +1379,7 @@ def task_list(text):
 NOISE = 0.12  # standard deviation of the white noise on the motion
 PUSH = 0.03  # probability a step of a push: 3 to 7 steps, of 0.8
 SLIP = 0.004  # probability a step of the gripper doing the opposite, 3 steps
-INTERRUPT = 0.6  # share of instructions followed by another in mid-motion
+INTERRUPT = 0.6  # share of instructions followed by another, in mid-motion if not done by then
 INSTRUCTIONS = 3  # at most, per scene
 
 
@@ -1415,8 +1423,8 @@ def demonstrate(env, seed, noise=1.0):
     disturbance = Disturbance(rng, noise)
     index = {str(request): i for i, request in enumerate(all_requests(env.tasks))}
     for part in range(INSTRUCTIONS):
-        interrupted = rng.random() < INTERRUPT
-        until = rng.integers(4, 60) if interrupted else MAX_STEPS
+        goes_on = rng.random() < INTERRUPT
+        until = rng.integers(4, 60) if goes_on else MAX_STEPS
         frames = []
         over = False
         while not over and len(frames) < until:
@@ -1449,7 +1457,7 @@ def demonstrate(env, seed, noise=1.0):
             )
             episodes.append((attrs, arrays))
         request = env.draw_request(rng, avoid=env.request)
-        if info["diverged"] or truncated or not interrupted or not request:
+        if info["diverged"] or truncated or not goes_on or not request:
             break
         env.set_request(request, make_instruction(request, rng))
         obs = env.observe()
@@ -1480,7 +1488,7 @@ BATCH = 8  # scenes in a file of an unfinished recording
 
 
 def write_episode(file, index, attrs, arrays):
-    """Appends one episode (T control steps) to an open HDF5 file:
+    """Appends one episode (T control steps) to an open HDF5 file. The whole file, see assemble():
 
     attrs: schema, total, seed, tasks, all_tasks (what `--tasks all` would have been), control_hz,
         action_names, proprio, privileged (comma lists of names), requests (JSON [{task, slots,

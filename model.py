@@ -89,7 +89,9 @@ def check_fields(settings, explicit=()):
             )
         if field.type is tuple:
             if len(set(value)) < len(value) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"--{field.name} must be names, none of them twice, not {value!r}")
+                raise ValueError(
+                    f"--{field.name} must be names, none of them twice, not {value!r}"
+                )
         if about["needs"] and field.name in explicit:
             other, values = about["needs"]
             if getattr(settings, other) not in values:

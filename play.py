@@ -65,7 +65,6 @@ either("--data", type=Path, help="show or replay demonstrations of this file ins
 add("--instruction", help="what to do (default: the scene's own sentence)")
 add(
     "--tasks",
-    type=task_list,
     help=f"what the scenes' own sentences ask for: all, or a comma list of {', '.join(TASKS)} "
     "(default: what the checkpoint was trained on)",
 )
@@ -139,6 +138,9 @@ for condition, sentence in refused:
     if condition:
         raise ValueError(sentence)
 
+tasks = task_list(args.tasks) if args.tasks else None
+if args.out:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
 size = args.size
 font = ImageFont.load_default(size // 18)
 COLUMNS = 50  # of text of this size, under a picture
@@ -178,7 +180,6 @@ def save(films, path):
         film += film[-1:] * (length - len(film))  # it waits for the others
     columns = int(np.ceil(len(films) ** 0.5))
     frames = [tile(pictures, columns) for pictures in zip(*films)]
-    path.parent.mkdir(exist_ok=True)
     if path.suffix == ".png":
         moments = np.linspace(0, length - 1, 8).astype(int)
         tile([frames[t] for t in moments], 4).save(path)
@@ -202,7 +203,7 @@ class Scene:
                 "--attention and --pipeline show a policy's pointers from words to "
                 "pictures, and --expert or this checkpoint has none; choose another"
             )
-        self.env = Env(args.tasks or config.tasks, config.cameras, randomize=args.randomize)
+        self.env = Env(tasks or config.tasks, config.cameras, randomize=args.randomize)
         self.camera = RayCamera(self.env.model, "front", size)
 
     def reset(self, seed):
@@ -241,7 +242,7 @@ class Scene:
             _, heat, _ = look_inside(self)
             views = np.stack(views) // 3  # darker
             views[..., :2] += (160 * heat).byte().permute(0, 2, 3, 1).numpy()
-            lines.append("red: the thing it looks for; green: the place")
+            lines.append("red: pointer to the thing; green: to the place")
         return draw(self.camera.render(self.env.data), views, lines)
 
     def film(self):
@@ -287,11 +288,11 @@ def draw_pipeline(scene, path):
     figure = Figure(figsize=(14, 7), layout="constrained")
     panels = figure.subplot_mosaic([["seen", "read"], ["seen", "done"]])
     seen, read, done = panels.values()
-    seen.set_title("what it looks at, and the way of the hand that it plans")
+    seen.set_title("what it attends to, and the path it plans for the hand")
     seen.imshow(scene.picture())
     seen.plot(*route.T, ".-")
     seen.axis("off")
-    read.set_title("words in which it finds what to look for")
+    read.set_title("where each pointer finds its name")
     read.imshow(reading[:, : len(words)], aspect="auto")
     read.set_xticks(range(len(words)), words, rotation=45)
     read.set_yticks(range(len(POINTERS)), POINTERS)
@@ -346,8 +347,8 @@ def demonstration(episode):
 def replay(file, first, episodes):
     """Prints how many of the demonstrations that succeeded do so again, when their recorded actions
     are fed to the simulator."""
-    first -= file[f"episode_{first}"].attrs["part"]  # to where its scene begins
     last = min(first + episodes, file.attrs["total"]) - 1
+    first -= file[f"episode_{first}"].attrs["part"]  # to where its scene begins
     env = Env(**json.loads(file.attrs["env_args"])["env_kwargs"] | dict(cameras=()))
     again = []
     for i in range(first, last + 1):
@@ -483,9 +484,7 @@ else:
     scene.done = not args.instruction
     no_display = {"DISPLAY", "WAYLAND_DISPLAY"}.isdisjoint(os.environ)
     try:
-        if sys.platform == "linux" and no_display:
-            prompt(scene)
-        live(scene)
+        (prompt if sys.platform == "linux" and no_display else live)(scene)
     except (EOFError, KeyboardInterrupt):
         print()
     sys.stdout.flush()

@@ -695,7 +695,14 @@ if not files:
 data_minutes = (time.time() - clock) / 60
 try:
     demos = Demonstrations(files, settings, chosen)
-except (OSError, LookupError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+except (
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    json.JSONDecodeError,
+) as error:
     raise ValueError(
         f"{settings.data} cannot be used ({one_line(error)}); give another --data, or move "
         "it away and have one made"
@@ -882,7 +889,9 @@ for step in tqdm(
             flush=True,
         )
         began, measured = time.time(), done
-    stop = bool(average(torch.tensor(float(len(stopping)), device=device)))  # all of them stop together
+    stop = bool(
+        average(torch.tensor(float(len(stopping)), device=device))
+    )  # all of them stop together
     if (
         stop
         or done == settings.steps
