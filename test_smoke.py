@@ -760,7 +760,7 @@ runpy.run_path({str(ROOT / "train.py")!r})""", trained)
 def test_several_processes_and_files_train_as_one(tmp_path):
     """Two processes with half of each batch do what one does with all of it, but for the dice."""
     for i in (1, 2):
-        run(f"gen_data.py --tasks all --episodes 12 --shard {i} 2 --out shards/{i}.h5", tmp_path)
+        run(f"gen_data.py --tasks all --episodes 24 --shard {i} 2 --out shards/{i}.h5", tmp_path)
     command = (f"{TRAIN} --data 'shards/*.h5' --eval_interval 0 --dtype float32 --steps 60 "
                "--batch_size 32 --out_dir")
     run(f"{command} one", tmp_path)
