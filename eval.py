@@ -26,7 +26,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,7 +39,6 @@ from gen_data import (
     ACTION_NAMES,
     DEMO_SEED,
     FACTORS,
-    FORMS,
     GUARDS,
     HELD_OUT,
     SLOTS,

@@ -27,7 +27,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import h5py
-import mujoco
 import numpy as np
 import torch
 from matplotlib.figure import Figure

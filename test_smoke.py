@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, HELD_OUT, PRIVILEGED,
-                      PROPRIO, SPLITS, TASKS, TEST_SEED, Env, all_requests, demonstrate, expert,
+                      PROPRIO, SPLITS, TASKS, TEST_SEED, Env, all_requests, expert,
                       fill, is_held_out, parse_instruction, patterns)
 from model import BC, CHARS, VLA, Config, split, tokenize
 
