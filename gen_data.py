@@ -101,23 +101,21 @@ FACTORS = dict(
     light=(0.5, 0.25),  # of the direction (unit vector), of the strength (share)
     color=(0.12, 0.07),  # of the table, of blocks and pads (r, g, b in 0..1)
     camera=(0.02, 2.0),  # m, degrees of field of view
-    noise=(8.0,),  # standard deviation, of 255
-    friction=(0.3,),  # share
+    noise=8.0,  # standard deviation, of 255
+    friction=0.3,  # share
     mass=(0.5, 0.1),  # share, of the blocks' mass and size
-    damping=(0.5,),  # share, of the joints'
-    servo=(0.25,),  # share, of gain and bias together
-    delay=(0.5,),
-)  # probability that actions arrive one control step late
+    damping=0.5,  # share, of the joints'
+    servo=0.25,  # share, of gain and bias together
+    delay=0.5,  # probability that actions arrive one control step late
+)
 
 
 def choose(names, known, what):
-    """`names` as a tuple, checked: each one of `known`, none twice, at least one."""
+    """`names` as a tuple, checked: each one of `known`, none twice."""
     names = tuple(names)
     for name in names:
-        if name not in known:
-            raise ValueError(f"{what} {name!r} is not one of {', '.join(known)}")
-    if len(set(names)) < len(names) or not names:
-        raise ValueError(f"{what} must be one or more names, none of them twice, not {names}")
+        if name not in known or names.count(name) > 1:
+            raise ValueError(f"{what} {name!r} is not one of {', '.join(known)}, or twice")
     return names
 
 
@@ -336,10 +334,12 @@ FORCE_XML = '<contact body1="block{i}" data="force" num="32"/>'
 
 def build_model(n_blocks):
     """The MjModel of a table with so many blocks."""
-    blocks = "".join(BLOCK_XML.format(i=i) for i in range(n_blocks))
-    pads = "".join(PAD_XML.format(i=i) for i in range(N_PADS))
-    forces = "".join(FORCE_XML.format(i=i) for i in range(n_blocks))
-    xml = SCENE.format(blocks=blocks, pads=pads, forces=forces, **globals())
+
+    def each(xml, n):
+        return "".join(xml.format(i=i) for i in range(n))
+
+    blocks, forces = each(BLOCK_XML, n_blocks), each(FORCE_XML, n_blocks)
+    xml = SCENE.format(blocks=blocks, forces=forces, pads=each(PAD_XML, N_PADS), **globals())
     return mujoco.MjModel.from_xml_string(xml)
 
 
@@ -361,7 +361,8 @@ class RayCamera:
     AMBIENT = 0.45
     DIFFUSE = 0.55
     SKY = (150, 165, 180)
-    CORNERS = np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, 8)
+    TABLE = 0  # geom id: the first in SCENE
+    CORNERS = np.array(list(itertools.product([-1, 1], repeat=3)))  # (8, 3)
     FLIP = np.array([1, -1, -1])  # MuJoCo's cameras look along -z with y up
     NEAR = 0.01  # m, anything nearer may be anywhere on screen
 
@@ -369,11 +370,8 @@ class RayCamera:
         self.model = model
         self.size = size  # px
         self.id = model.camera(name).id
-        self.table = model.geom("table").id
         self.light = self.LIGHT
         self.strength = 1.0
-        self.geom = np.empty((size, size), np.int32)  # geom id of each pixel, -1 for sky
-        self.hits = np.empty(0, np.int32)  # geom ids of the pixels cast and hit
         self.refit()
 
     def refit(self):
@@ -385,29 +383,26 @@ class RayCamera:
         rays = np.stack([x, y, -np.ones_like(x)], -1).reshape(-1, 3)
         self.rays = rays / np.linalg.norm(rays, axis=1, keepdims=True)  # camera frame
 
-        self.drawn = np.flatnonzero(np.arange(model.ngeom) != self.table)  # geom ids
-        boxes = model.geom_aabb[self.drawn].reshape(-1, 2, 3, 1)  # geom frame
-        middle, half = boxes[:, 0], boxes[:, 1]
-        self.corners = middle + self.CORNERS * half  # (geoms, 3, 8)
+        boxes = model.geom_aabb[1:].reshape(-1, 2, 1, 3)  # of all but the table, geom frame
+        self.corners = boxes[:, 0] + self.CORNERS * boxes[:, 1]  # (geoms, 8, 3)
 
         flat = np.float32(self.strength * (self.AMBIENT + self.DIFFUSE * self.light[2]))
-        color = model.geom_rgba[self.table, :3].astype(np.float32) * 255 * flat
+        color = model.geom_rgba[self.TABLE, :3] * 255 * flat
         self.bare = np.tile(color.clip(0, 255).astype(np.uint8), (size * size, 1))
 
     def render(self, data, cull=True):
-        """Picture (size, size, 3) uint8 of `data`, after mj_kinematics and mj_camlight."""
+        """Picture (size, size, 3) uint8 of `data`, after mj_kinematics and mj_camlight. `geom`
+        (size, size) is then the geom id of each pixel, -1 for sky."""
         turn = data.cam_xmat[self.id].reshape(3, 3)  # camera to world
         position = data.cam_xpos[self.id]
-        image = self.bare.copy()
-        geoms = self.geom.reshape(-1)
-        geoms[:] = self.table
         sky = self.rays @ turn[2] >= 0  # rays that never come down
+        image = self.bare.copy()
         image[sky] = self.SKY
-        geoms[sky] = -1
+        geoms = np.where(sky, -1, self.TABLE)
 
         pixels = self._pixels_to_cast(data) if cull else np.arange(len(image))
         n = len(pixels)
-        geom, distance, normal = np.empty(n, np.int32), np.empty(n), np.empty((n, 3))
+        geom, distance, normal = np.empty(n, np.int32), np.empty(n), np.empty(3 * n)
         rays = self.rays.take(pixels, 0) @ turn.T  # take is four times as fast as []
         mujoco.mj_multiRay(
             self.model,
@@ -419,57 +414,57 @@ class RayCamera:
             -1,
             geom,
             distance,
-            normal.reshape(-1),
+            normal,
             n,
             mujoco.mjMAXVAL,
         )
         above = position[2] + distance * rays[:, 2] > -1e-9  # the table hides what is sunk in
         hit = np.flatnonzero((geom >= 0) & above)
-        self.hits = geom[hit]
+        pixels, geom = pixels.take(hit), geom.take(hit)
 
-        lit = np.maximum(normal.take(hit, 0) @ self.light, 0)
+        lit = np.maximum(normal.reshape(n, 3).take(hit, 0) @ self.light, 0)
         light = self.strength * (lit * self.DIFFUSE + self.AMBIENT)
-        rgb = self.model.geom_rgba[:, :3].astype(np.float32) * 255
-        color = rgb.take(self.hits, 0) * light.astype(np.float32)[:, None]
-        image[pixels[hit]] = np.minimum(color, 255)
-        geoms[pixels[hit]] = self.hits
+        rgb = 255 * self.model.geom_rgba[:, :3]
+        color = rgb.take(geom, 0) * light.astype(np.float32)[:, None]
+        image[pixels] = np.minimum(color, 255)
+        geoms[pixels] = geom
+        self.geom = geoms.reshape(self.size, self.size)
         return image.reshape(self.size, self.size, 3)
 
     def _pixels_to_cast(self, data):
         """Indices (n,) of the pixels inside the rectangle of some geom."""
-        view = data.cam_xmat[self.id].reshape(3, 3) * self.FLIP  # x right, y down, z ahead
-        turn = view.T @ data.geom_xmat.take(self.drawn, 0).reshape(-1, 3, 3)
-        offset = (data.geom_xpos.take(self.drawn, 0) - data.cam_xpos[self.id]) @ view
-        corners = turn @ self.corners + offset[..., None]  # (geoms, 3, 8)
-        depth = corners[:, 2]
-        scale = self.size / 2 / self.half / np.maximum(depth, self.NEAR)
-        xy = corners[:, :2] * scale[:, None] + self.size / 2  # px
-        low = np.ceil(xy.min(2) - 0.5 - 1e-6)  # a ray goes through a pixel's middle
-        high = np.ceil(xy.max(2) + 0.5 + 1e-6)
-        edges = np.concatenate([low, high], 1).clip(0, self.size).astype(int)
-        left, top, right, bottom = edges.T
-        seen = (left < right) & (top < bottom) & (depth.max(1) > 0)
-        edges[depth.min(1) < self.NEAR] = 0, 0, self.size, self.size
+        turn = data.geom_xmat[1:].reshape(-1, 3, 3)  # geoms to world
+        corners = self.corners @ turn.swapaxes(1, 2) + data.geom_xpos[1:, None]
+        uv, depth = self._look_at(data, corners)
+        low = self.size * uv.min(1) - 0.5  # px; a ray goes through a pixel's middle
+        high = self.size * uv.max(1) + 0.5 + 1e-6
+        edges = np.stack([low, high], 1).clip(0, self.size).astype(int)  # (geoms, 2, 2)
+        seen = (edges[:, 0] < edges[:, 1]).all(1) & (depth.max((1, 2)) > 0)
+        edges[depth.min((1, 2)) < self.NEAR] = [[0], [self.size]]
         mask = np.zeros((self.size, self.size), bool)
-        for left, top, right, bottom in edges[seen].tolist():
+        for (left, top), (right, bottom) in edges[seen].tolist():
             mask[top:bottom, left:right] = True
         return np.flatnonzero(mask)
 
-    def project(self, data, points):
-        """World points (..., 3) m to image coordinates (..., 2): x right, y down, both 0..1."""
+    def _look_at(self, data, points):
+        """World points (..., 3) m to image coordinates (..., 2), x right, y down, both 0..1 in the
+        picture, and how far ahead they are (..., 1), m."""
         view = data.cam_xmat[self.id].reshape(3, 3) * self.FLIP
         local = (points - data.cam_xpos[self.id]) @ view
         depth = local[..., 2:]
-        uv = local[..., :2] / np.maximum(depth, 1e-3) / self.half * 0.5 + 0.5
+        return local[..., :2] / np.maximum(depth, 1e-3) / self.half * 0.5 + 0.5, depth
+
+    def project(self, data, points):
+        """World points (..., 3) m to image coordinates (..., 2): x right, y down, both 0..1."""
+        uv, depth = self._look_at(data, points)
         return np.where(depth > 0, uv, -1.0)  # behind the camera: outside the picture
 
-    def visible(self, data, points, geoms, pixels=3):
+    def visible(self, data, points, geoms):
         """(n, 2) float32: where `points` (n, 3) on `geoms` (n,) are in the last picture, 0..1,
-        and -1 where fewer than `pixels` of the geom show."""
+        and -1 where fewer than 3 pixels of the geom show."""
         uv = self.project(data, points)
-        count = np.bincount(self.hits, minlength=self.model.ngeom)
-        inside = (np.abs(uv - 0.5) < 0.5).all(1)
-        shows = (count[geoms] >= pixels) & inside
+        pixels = (self.geom.reshape(-1) == geoms[:, None]).sum(1)
+        shows = (pixels >= 3) & (np.abs(uv - 0.5) < 0.5).all(1)
         return np.where(shows[:, None], uv, -1).astype(np.float32)
 
 
@@ -484,23 +479,23 @@ class TouchMemory:
     def __init__(self, env):
         self.first = None  # colour of the block touched first
         self.touched = set()  # indices of blocks
-        self.holding = set(env.touching)  # what the hand has touched without a pause
+        self.holding = env.touching  # what the hand has touched without a pause
         self.airborne = env.is_high()
         self.lifted = np.zeros(env.n_blocks, bool)
-        self.origin = env.block_pos[:, :2].copy()  # (n_blocks, 2) m, where each block was
+        self.origin = env.block_pos.copy()  # (n_blocks, 3) m, where each block was
 
     def update(self, env):
         high = env.is_high()
         self.lifted |= high & ~self.airborne
         for block in np.flatnonzero(self.airborne & ~high):
             if block != env.held:  # it has been put down
-                self.origin[block] = env.block_pos[block, :2]
+                self.origin[block] = env.block_pos[block]
                 self.airborne[block] = False
-        self.holding &= env.touching
-        new = [thing for thing in env.touching - self.holding if thing < env.n_blocks]
+        self.holding = self.holding & env.touching
+        new = np.flatnonzero((env.touching & ~self.holding)[: env.n_blocks])
         self.touched.update(new)
-        if self.first is None and new:
-            self.first = env.block_colors[min(new)]
+        if self.first is None and len(new):
+            self.first = env.block_colors[new[0]]
 
 
 class Env:
@@ -531,50 +526,28 @@ class Env:
         randomize_only=None,
         guard=True,
     ):
-        self.tasks = choose(tasks, TASKS, "task")
+        self.tasks = choose(tasks or [""], TASKS, "task")
         (self.split,) = choose([split], SPLITS, "split")
-        self.factors = choose(
-            [randomize_only] if randomize_only else FACTORS, FACTORS, "factor"
-        )
+        chosen = [randomize_only] if randomize_only else FACTORS
+        self.factors = choose(chosen, FACTORS, "factor")
         self.n_blocks = CROWD if split == "crowd" else N_BLOCKS
         self.guard = guard
         self.model = m = build_model(self.n_blocks)
         self.normal = build_model(self.n_blocks)  # other worlds are drawn around it
         self.data = mujoco.MjData(m)
         self.ik_data = mujoco.MjData(m)
-        cameras = cameras and choose(cameras, CAMERAS, "camera")
-        self.cameras = {name: RayCamera(m, name) for name in cameras}
-
-        def ids(kind, *names):
-            return np.array([kind(name).id for name in names])
-
-        blocks = [f"block{i}" for i in range(self.n_blocks)]
-        pads = [f"pad{i}" for i in range(N_PADS)]
-        arm = ids(m.joint, *[f"joint{i}" for i in range(1, 8)])
-        self.arm_qpos = m.jnt_qposadr[arm]
-        self.limits = m.jnt_range[arm]  # (7, 2) rad
-        self.finger_qpos = m.jnt_qposadr[ids(m.joint, "finger_left", "finger_right")]
-        self.drawer_qpos = m.joint("drawer").qposadr[0]
+        self.cameras = {name: RayCamera(m, name) for name in choose(cameras, CAMERAS, "camera")}
         self.grip = m.actuator("grip").id
         self.hand = m.site("hand").id
-        self.hand_geoms = ids(m.geom, "finger_left", "finger_right", "palm").tolist()
-        self.pad_body = ids(m.body, *pads)
-        self.block_body = ids(m.body, *blocks)
-        free = m.body_jntadr[self.block_body]
-        self.block_qpos = m.jnt_qposadr[free]
-        self.block_dof = m.jnt_dofadr[free]
-        self.thing_geom = ids(m.geom, *blocks, *pads, "handle")
-        self.block_geom = self.thing_geom[: self.n_blocks]
+        self.hand_geoms = [m.geom(name).id for name in ("finger_left", "finger_right", "palm")]
+        self.block_geom = [m.geom(f"block{i}").id for i in range(self.n_blocks)]
+        pads = [m.geom(f"pad{i}").id for i in range(N_PADS)]
+        self.thing_geom = np.array([*self.block_geom, *pads, m.geom("handle").id])
         self.handle = len(self.thing_geom) - 1
-        every = range(self.n_blocks)
-        self.others = np.array([[j for j in every if j != i] for i in every])  # than block i
-
+        self.block_qpos = m.jnt_qposadr[9:-1]  # joints: arm, fingers, blocks, drawer
         self.orientation = POINTING_DOWN  # quaternion that the IK holds the hand at
         self.seeds = np.random.default_rng()  # for resets without a seed
         self.memory = None  # until the first reset
-        self.changed = False  # whether the world is not the normal one
-        self.late = False  # whether actions arrive one step late
-        self.pixel_noise = 0.0  # standard deviation, of 255
         self.set_randomize(randomize)
 
     # -- setting up
@@ -591,121 +564,107 @@ class Env:
         options: dict(instruction=sentence, task=name, slots=some of them), to set them by hand.
         Raises ValueError if they do not fit the scene."""
         options = options or {}
-        if unknown := options.keys() - {"instruction", "task", "slots"}:
-            raise ValueError(
-                f"{min(unknown)!r} is not an option of reset: instruction, task, slots"
-            )
+        choose(options, ("instruction", "task", "slots"), "option")
         if seed is None:
             self.seed = int(self.seeds.integers(2**31))
         else:
             self.seed = int(seed)
             self.seeds = np.random.default_rng([self.seed, 9])
         rng = np.random.default_rng(self.seed)
-        (task,) = choose(
-            [options.get("task") or self.tasks[self.seed % len(self.tasks)]], TASKS, "task"
-        )
         text = options.get("instruction")
         slots = options.get("slots") or {}
+        task = options.get("task") or self.tasks[self.seed % len(self.tasks)]
+        choose([task], TASKS, "task")
         held_out = self.split == "combo"
-        if not held_out and set(slots) == set(TASKS[task].slots):
+        if set(slots) == set(TASKS[task].slots):
             held_out = None  # an explicit request is granted, held out or not
-        if self.randomize or self.changed:
-            self._randomize(np.random.default_rng([self.seed, 7]))
+        self._randomize(np.random.default_rng([self.seed, 7]))
         for _ in range(1000):
             self._new_scene(rng)
-            TASKS[task].setup(self, rng)
             self._refresh(moved=False)
-            request = self.draw_request(rng, (task,), held_out, only=slots)
-            if text is not None or request:
-                break
-        else:
-            raise ValueError(f"no scene allows task {task} with {slots or 'this split'}")
-        if text is None:
-            text = make_instruction(request, rng, self.split == "phrasing")
-            self.set_request(request, text)
-        else:
-            self.set_instruction(text, options.get("task"))
-        return self.observe(), self.info()
+            if text is not None:
+                self.set_instruction(text)
+            elif request := self.draw_request(rng, (task,), held_out, only=slots):
+                sentence = make_instruction(request, rng, self.split == "phrasing")
+                self.set_request(request, sentence)
+            else:
+                continue
+            return self.observe(), self.info()
+        raise ValueError(f"no scene allows task {task} with {slots or 'this split'}")
 
     def _new_scene(self, rng):
         m, d = self.model, self.data
         mujoco.mj_resetData(m, d)
-        names = list(COLORS)
-        self.block_colors = [names[i] for i in rng.permutation(len(names))[: self.n_blocks]]
-        self.pad_colors = [names[i] for i in rng.permutation(len(names))[:N_PADS]]
-        for geom, color in zip(self.thing_geom, self.block_colors + self.pad_colors):
-            m.geom_rgba[geom, :3] = COLORS[color]
+        self.block_colors = rng.permutation(list(COLORS))[: self.n_blocks].tolist()
+        self.pad_colors = rng.permutation(list(COLORS))[:N_PADS].tolist()
+        here = dict(block=self.block_colors, lower=self.block_colors, pad=self.pad_colors)
+        self.words = SLOTS | here  # that have a meaning in this scene
+        names = self.block_colors + self.pad_colors
+        colors = np.array([COLORS[name] for name in names], np.float32)
         if self.randomize and "color" in self.factors:
-            amount = self.randomize * FACTORS["color"][1]
-            m.geom_rgba[self.thing_geom[:-1], :3] += amount * rng.uniform(
-                -1, 1, (self.handle, 3)
-            )
-            m.geom_rgba[:, :3] = m.geom_rgba[:, :3].clip(0, 1)
+            colors += self.randomize * FACTORS["color"][1] * rng.uniform(-1, 1, colors.shape)
+        m.geom_rgba[self.thing_geom[:-1], :3] = colors.clip(0, 1)
         self.half = m.geom_size[self.block_geom, 0]  # m, half the edge of each block
         spots = self._free_spots(rng)
-        for i, start in enumerate(self.block_qpos):
+        for start, spot, half in zip(self.block_qpos, spots, self.half):
             yaw = rng.uniform(-0.25, 0.25)  # rad; the gripper does not turn
-            pose = [*spots[i], self.half[i], np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
+            pose = [*spot, half, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
             d.qpos[start : start + 7] = pose
-        m.body_pos[self.pad_body, :2] = spots[self.n_blocks :]
-        share = np.clip(rng.uniform(-0.4, 1.4), 0, 1)  # often shut or wide open
-        d.qpos[self.drawer_qpos] = share * DRAWER
-        x, y, z = rng.uniform(0.38, 0.6), rng.uniform(-0.2, 0.2), rng.uniform(0.14, 0.26)
-        self.command = np.array([x, y, z])  # m, where the hand is to be
-        self.q_command = HOME.copy()  # rad, where the joints are to be
+        pads = m.geom_bodyid[self.thing_geom[self.n_blocks : -1]]
+        m.body_pos[pads, :2] = spots[self.n_blocks :]
+        d.qpos[-1] = DRAWER * np.clip(rng.uniform(-0.4, 1.4), 0, 1)  # often shut or wide open
+        self.command = rng.uniform((0.38, -0.2, 0.14), (0.6, 0.2, 0.26))  # m, for the hand
+        self.q_command = HOME  # rad, for the joints
         self.guarded = dict.fromkeys(GUARDS, 0)
         self.force = self.last_force = 0.0  # N, so far and in the last step
         for _ in range(20):
             self._solve_ik(self.command)
-        d.qpos[self.arm_qpos] = d.ctrl[:7] = self.q_command
-        d.qpos[self.finger_qpos] = d.ctrl[self.grip] = GRIPPER_OPEN
-        self.delayed = np.zeros(len(ACTION_NAMES))  # on its way, if late: open, stay
-        self.delayed[3] = 1.0
+        d.qpos[:7] = d.ctrl[:7] = self.q_command
+        d.qpos[7:9] = d.ctrl[self.grip] = GRIPPER_OPEN
+        self.delayed = np.eye(len(ACTION_NAMES))[3]  # on its way, if late: open, stay
 
     def _randomize(self, rng):
         """Draws a world around the normal one. Every factor draws its numbers, so that one alone
         is as in all at once."""
         m, normal = self.model, self.normal
-        self.changed = self.randomize > 0
         draw = {}
         for name in FACTORS:
             draw[name] = rng.uniform(-1, 1, 32) * self.randomize * (name in self.factors)
-        self.late = (
-            "delay" in self.factors and rng.random() < FACTORS["delay"][0] * self.randomize
-        )
-        self.pixel_noise = FACTORS["noise"][0] * abs(draw["noise"][0])
+        late = FACTORS["delay"] * self.randomize  # probability
+        self.late = "delay" in self.factors and rng.random() < late
+        self.pixel_noise = FACTORS["noise"] * abs(draw["noise"][0])  # of 255
         self.pixel_rng = np.random.default_rng([self.seed, 8])
+
+        m.geom_rgba[:] = normal.geom_rgba
+        m.geom("table").rgba[:3] += FACTORS["color"][0] * draw["color"][:3]
+        shift, zoom = FACTORS["camera"]
+        moves = draw["camera"][: 4 * m.ncam].reshape(4, -1)
+        m.cam_pos[:] = normal.cam_pos + shift * moves[:3].reshape(-1, 3)
+        m.cam_fovy[:] = normal.cam_fovy + zoom * moves[3]
+
+        heavier, larger = FACTORS["mass"]
+        blocks, bodies = self.block_geom, m.geom_bodyid[self.block_geom]
+        size = 1 + larger * draw["mass"][: self.n_blocks, None]
+        mass = 1 + heavier * draw["mass"][8 : 8 + self.n_blocks, None]
+        servo = 1 + FACTORS["servo"] * draw["servo"][:7, None]
+        for array, rows, factor in (
+            ("geom_friction", np.s_[:, 0], 1 + FACTORS["friction"] * draw["friction"][0]),
+            ("geom_size", blocks, size),
+            ("geom_aabb", blocks, size),
+            ("geom_rbound", blocks, size[:, 0]),
+            ("body_mass", bodies, mass[:, 0]),
+            ("body_inertia", bodies, mass * size**2),
+            ("dof_damping", ..., 1 + FACTORS["damping"] * draw["damping"][0]),
+            ("actuator_gainprm", slice(7), servo),
+            ("actuator_biasprm", slice(7), servo),
+        ):
+            getattr(m, array)[rows] = getattr(normal, array)[rows] * factor
+        mujoco.mj_setConst(m, self.ik_data)  # what follows from the masses
 
         direction, strength = FACTORS["light"]
         light = RayCamera.LIGHT + direction * draw["light"][:3]
-        light = light / np.linalg.norm(light) * np.linalg.norm(RayCamera.LIGHT)
-        table = m.geom("table").id
-        m.geom_rgba[:] = normal.geom_rgba
-        m.geom_rgba[table, :3] += FACTORS["color"][0] * draw["color"][:3]
-        shift, zoom = FACTORS["camera"]
-        moves = draw["camera"][: 4 * m.ncam]
-        m.cam_pos[:] = normal.cam_pos + shift * moves[: 3 * m.ncam].reshape(-1, 3)
-        m.cam_fovy[:] = normal.cam_fovy + zoom * moves[3 * m.ncam :]
-
-        def scale(array, rows, factor):
-            getattr(m, array)[rows] = getattr(normal, array)[rows] * factor
-
-        heavier, larger = FACTORS["mass"]
-        size = 1 + larger * draw["mass"][: self.n_blocks]
-        mass = 1 + heavier * draw["mass"][8 : 8 + self.n_blocks]
-        servo = 1 + FACTORS["servo"][0] * draw["servo"][:7, None]
-        scale("geom_friction", np.s_[:, 0], 1 + FACTORS["friction"][0] * draw["friction"][0])
-        scale("geom_size", self.block_geom, size[:, None])
-        scale("geom_aabb", self.block_geom, size[:, None])
-        scale("geom_rbound", self.block_geom, size)
-        scale("body_mass", self.block_body, mass)
-        scale("body_inertia", self.block_body, (mass * size**2)[:, None])
-        scale("dof_damping", slice(None), 1 + FACTORS["damping"][0] * draw["damping"][0])
-        scale("actuator_gainprm", slice(7), servo)
-        scale("actuator_biasprm", slice(7), servo)
-        mujoco.mj_setConst(m, mujoco.MjData(m))  # what follows from the masses
         for camera in self.cameras.values():
-            camera.light = light
+            camera.light = light / np.linalg.norm(light) * np.linalg.norm(RayCamera.LIGHT)
             camera.strength = 1 + strength * draw["light"][3]
             camera.refit()
 
@@ -714,19 +673,17 @@ class Env:
         n = self.n_blocks + N_PADS
         gaps = np.full((n, n), 0.10)
         gaps[self.n_blocks :, self.n_blocks :] = 0.12
-        while True:
-            spots = np.zeros((0, 2))
-            while len(spots) < n:
-                for _ in range(50):
-                    spot = rng.uniform(*AREA)
-                    apart = np.hypot(*(spot - spots).T)
-                    if (apart > gaps[len(spots), : len(spots)]).all():
-                        spots = np.vstack([spots, spot])
-                        break
-                else:
-                    break  # cornered: start again
-            if len(spots) == n:
-                return spots
+        spots = np.empty((n, 2))
+        found = tries = 0
+        while found < n:
+            if tries == 50:  # cornered: start again
+                found = tries = 0
+            spots[found] = rng.uniform(*AREA)
+            tries += 1
+            if (distance(spots[:found], spots[found]) > gaps[found, :found]).all():
+                found += 1
+                tries = 0
+        return spots
 
     # -- requests
     def resolve(self, slots):
@@ -736,22 +693,20 @@ class Env:
         meaning = dict(slots)
         for slot, word in slots.items():
             if slot == "direction":
-                meaning[slot] = np.array(DIRECTIONS[word], float)
-            elif slot in ("block", "lower", "pad"):
-                colors = self.pad_colors if slot == "pad" else self.block_colors
-                if word not in colors:
-                    raise ValueError(
-                        f"there is no {word} {'pad' if slot == 'pad' else 'block'} in scene "
-                        f"{self.seed}; it has {', '.join(self.block_colors)} blocks and "
-                        f"{', '.join(self.pad_colors)} pads"
-                    )
-                meaning[slot] = colors.index(word)
+                meaning[slot] = np.array(DIRECTIONS[word])
+            elif word not in self.words[slot]:
+                raise ValueError(
+                    f"there is no {word} {'pad' if slot == 'pad' else 'block'} in scene "
+                    f"{self.seed}; it has {', '.join(self.block_colors)} blocks and "
+                    f"{', '.join(self.pad_colors)} pads"
+                )
+            elif slot != "way":
+                meaning[slot] = self.words[slot].index(word)
         return meaning
 
     def requests(self, task):
         """All slots of the task that this scene has words for."""
-        here = dict(block=self.block_colors, lower=self.block_colors, pad=self.pad_colors)
-        return slots_of(task, SLOTS | here)
+        return slots_of(task, self.words)
 
     def can_ask(self, task, slots):
         """Whether it can be done from here and is not done yet."""
@@ -766,10 +721,8 @@ class Env:
             choice = self.requests(tasks[i])
             for j in rng.permutation(len(choice)):
                 request = tasks[i], choice[j]
-                fits = request != avoid and only.items() <= choice[j].items()
-                if held_out is not None:
-                    fits = fits and is_held_out(*request) == held_out
-                if fits and self.can_ask(*request):
+                fits = held_out in (None, is_held_out(*request)) and request != avoid
+                if fits and only.items() <= choice[j].items() and self.can_ask(*request):
                     return request
 
     def things(self, slots):
@@ -780,13 +733,10 @@ class Env:
             place = self.n_blocks + meaning["pad"]
         return meaning.get("block", self.handle), place
 
-    def set_instruction(self, text, task=None):
+    def set_instruction(self, text):
         """The sentence to be obeyed from now on; restarts the clock. Raises ValueError if it is not
-        clear, does not fit the scene, or does not ask for `task`."""
-        request = parse_instruction(text)
-        if task not in (None, request[0]):
-            raise ValueError(f"{text!r} asks for {request[0]}, not for {task}")
-        self.set_request(request, text)
+        clear or does not fit the scene."""
+        self.set_request(parse_instruction(text), text)
 
     def set_request(self, request, text):
         """The same with the meaning known."""
@@ -816,34 +766,32 @@ class Env:
             )
         if self.late:
             action, self.delayed = self.delayed, action
-        if self.guard:
-            clipped = action.clip(-1, 1)
-            self.guarded["action"] += int((clipped != action).any())
-            action = clipped
+        action = self._limit("action", action, -1, 1)
         self._move_command(action[:3] * ACTION_SCALE)
         before = self.q_command
         self._solve_ik(self.command)
         self.data.ctrl[self.grip] = GRIPPER_OPEN if action[3] > 0 else 0.0
-        forces = np.zeros_like(self.data.sensordata)
+        self.last_force = 0.0
         for part in range(1, RAMP + 1):
             self.data.ctrl[:7] = before + part / RAMP * (self.q_command - before)
             mujoco.mj_step(self.model, self.data, SUBSTEPS)
-            np.maximum(forces, self.data.sensordata, out=forces)
-        self.last_force = float(forces[::3].max())  # the normal ones
+            pressed = self.data.sensordata[::3].max()  # the normal forces
+            self.last_force = max(self.last_force, float(pressed))
         self.force = max(self.force, self.last_force)
         self.steps += 1
         self._refresh()
         done = TASKS[self.task].success(self, **self.meaning)
         self.done_steps = self.done_steps + 1 if done else 0
         info = self.info()
-        terminated = info["success"] or info["diverged"]
-        return (
-            self.observe(),
-            self._reward(info["success"]),
-            terminated,
-            self.steps >= MAX_STEPS,
-            info,
-        )
+        over = info["success"] or info["diverged"]
+        late = self.steps >= MAX_STEPS
+        return self.observe(), self._reward(info["success"]), over, late, info
+
+    def _limit(self, guard, value, low, high):
+        """`value` within its limits, and a count if it was not; without guards, as it is."""
+        inside = value.clip(low, high) if self.guard else value
+        self.guarded[guard] += int((inside != value).any())
+        return inside
 
     def _move_command(self, motion):
         """Moves the commanded hand by `motion` (3,) m, as far as guard and leash allow."""
@@ -852,38 +800,33 @@ class Env:
             motion = motion * SPEED_LIMIT / speed
             self.guarded["speed"] += 1
         target = self.command + motion
-        if self.guard:
-            if self.last_force > FORCE_LIMIT:
-                target = self.ee_pos + [0, 0, 0.01]
-                self.guarded["force"] += 1
-            inside = target.clip(*WORKSPACE)
-            self.guarded["box"] += int((inside != target).any())
-            target = inside
+        if self.guard and self.last_force > FORCE_LIMIT:
+            target = self.ee_pos + [0, 0, 0.01]
+            self.guarded["force"] += 1
+        target = self._limit("box", target, *WORKSPACE)
         self.command = self.ee_pos + (target - self.ee_pos).clip(-LEASH, LEASH)
 
     def _solve_ik(self, target):
         """One damped least-squares step of the commanded joints towards the hand at `target`,
         pointing down; what the six equations leave free drifts back to a comfortable elbow."""
         m, d = self.model, self.ik_data
-        d.qpos[self.arm_qpos] = self.q_command
+        d.qpos[:7] = self.q_command
         mujoco.mj_kinematics(m, d)
         mujoco.mj_comPos(m, d)
         jacobian = np.zeros((6, m.nv))
         mujoco.mj_jacSite(m, d, jacobian[:3], jacobian[3:], self.hand)
         jacobian = jacobian[:, :7]  # the arm's joints come first
-        error = np.zeros(6)
+        hand, turn, error = np.empty(4), np.empty(3), np.empty(6)
         error[:3] = target - d.site_xpos[self.hand]
-        hand = np.empty(4)
         mujoco.mju_mat2Quat(hand, d.site_xmat[self.hand])
-        turn = np.empty(3)
         mujoco.mju_subQuat(turn, self.orientation, hand)  # rad, in the hand's frame
         mujoco.mju_rotVecQuat(error[3:], turn, hand)
         rest = 0.05 * (HOME - self.q_command)
         dual = np.linalg.solve(jacobian @ jacobian.T + DAMPING, error - jacobian @ rest)
         wanted = self.q_command + jacobian.T @ dual + rest
-        margin = JOINT_MARGIN if self.guard else 0.0
-        self.q_command = wanted.clip(self.limits[:, 0] + margin, self.limits[:, 1] - margin)
-        self.guarded["joint"] += int(self.guard and (wanted != self.q_command).any())
+        low, high = m.jnt_range[:7].T  # rad
+        wanted = self._limit("joint", wanted, low + JOINT_MARGIN, high - JOINT_MARGIN)
+        self.q_command = wanted.clip(low, high)
 
     def _refresh(self, moved=True):
         """Brings what the rest reads up to date with the state: poses, hand velocity, contacts."""
@@ -893,26 +836,23 @@ class Env:
         hand = d.site_xpos[self.hand].copy()
         self.ee_vel = (hand - self.ee_pos) * CONTROL_HZ if moved else np.zeros(3)  # m/s
         self.ee_pos = hand
-        self.opening = d.qpos[self.finger_qpos].sum()  # m between the fingers
-        self.drawer = d.qpos[self.drawer_qpos]  # m, 0 is shut
-        self.block_pos = d.xpos[self.block_body]
-        self.pad_pos = d.xpos[self.pad_body]
-        handle = HANDLE + [self.drawer, 0, 0]
-        self.thing_pos = np.concatenate([self.block_pos, self.pad_pos, [handle]])
+        self.opening = d.qpos[7:9].sum()  # m between the fingers
+        self.drawer = d.qpos[-1]  # m, 0 is shut
+        self.thing_pos = d.geom_xpos[self.thing_geom]
+        self.block_pos = self.thing_pos[: self.n_blocks]
+        self.pad_pos = self.thing_pos[self.n_blocks : -1]
 
-        pairs = d.contact.geom.tolist()
-        pairs += [pair[::-1] for pair in pairs]
-        things = self.thing_geom.tolist()
-        left, right, palm = [
-            {things.index(other) for geom, other in pairs if geom == part and other in things}
-            for part in self.hand_geoms
-        ]
+        touch = np.zeros((m.ngeom, m.ngeom), bool)
+        one, other = d.contact.geom.T
+        touch[one, other] = touch[other, one] = True
+        left, right, palm = touch[self.hand_geoms][:, self.thing_geom]  # each (things,)
         self.touching = left | right | palm
-        between = left & right if self.opening > 0.012 else set()
-        if self.handle in left | right and 0.018 < self.opening < 0.03:
-            between.add(self.handle)  # it does not give way: one finger may be just off
-        distance = np.linalg.norm(self.thing_pos - self.ee_pos, axis=1)
-        self.grasped = min(between, key=distance.__getitem__, default=None)  # a thing
+        between = left & right & (self.opening > 0.012)
+        if 0.018 < self.opening < 0.03:  # the handle does not give way: one may be just off
+            between[self.handle] = left[self.handle] or right[self.handle]
+        reach = np.linalg.norm(self.thing_pos - self.ee_pos, axis=1)
+        near = np.flatnonzero(between)
+        self.grasped = min(near, key=reach.__getitem__, default=None)  # a thing
         self.held = self.grasped if self.grasped != self.handle else None  # a block
         if moved:
             self.memory.update(self)
@@ -923,10 +863,9 @@ class Env:
 
     def at_rest(self, block):
         """Whether it lies or stands still, released, and the hand has withdrawn upwards."""
-        start = self.block_dof[block]
-        still = np.abs(self.data.qvel[start : start + 3]).max() < 0.02
+        still = np.abs(self.data.qvel[9:-1].reshape(-1, 6)[block, :3]).max() < 0.02
         released = self.held != block and self.opening > 0.055
-        return bool(still and released and self.ee_pos[2] > self.block_pos[block, 2] + 0.06)
+        return still and released and self.ee_pos[2] > self.block_pos[block, 2] + 0.06
 
     def _reward(self, success):
         """Shaped, in [0, 1]: reaching up to 0.2, holding 0.2, nearness to the target up to 0.4;
@@ -967,7 +906,7 @@ class Env:
                 image = (image + noise).clip(0, 255).astype(np.uint8)
             obs[f"{name}_image"] = image
         numbers = dict(
-            joint_pos=self.data.qpos[self.arm_qpos],
+            joint_pos=self.data.qpos[:7],
             ee_pos=self.ee_pos,
             ee_vel=self.ee_vel,
             gripper=[self.opening],
@@ -1002,6 +941,11 @@ def distance(a, b):
     """Horizontal distance in m between two points (2,) or (3,), or from each of (n, 2 or 3)."""
     x, y = (a - b)[..., 0], (a - b)[..., 1]
     return np.hypot(x, y)
+
+
+def inside(at, low, high):
+    """Whether a place (2,) is between two corners of a rectangle."""
+    return ((low < at) & (at < high)).all()
 
 
 def act(motion, gripper):
@@ -1064,18 +1008,18 @@ def put_away(env, goal=None):
     cannot see exactly."""
     load = env.block_pos[env.held]
     rest = env.half[env.held]
-    taken = env.block_pos[env.others[env.held]]
+    taken = np.delete(env.block_pos, env.held, 0)
     if goal is not None:
         taken = np.vstack([taken, goal])
 
     def room(at):
         """From the nearest thing, m, for each of (..., 2)."""
-        return distance(at[..., None, :], taken[:, :2]).min(-1, initial=1.0)
+        return distance(at[..., None, :], taken[:, :2]).min(-1)
 
     crowded = np.maximum(ROOM + 0.01 - room(SPOTS), 0)  # m
     cost = distance(SPOTS, load[:2]) + 10 * crowded  # too near is worse than far
     spot = SPOTS[cost.argmin()]
-    on_table = (PUT_DOWN[0] < load[:2]).all() and (load[:2] < PUT_DOWN[1]).all()
+    on_table = inside(load[:2], *PUT_DOWN)
     too_near = 4 * max(ROOM - room(load[:2]), 0) if on_table else 1.0
     above = min(funnel(spot - load[:2], 0.016, 4), too_near)
     if above < 0.01 and load[2] < rest + 0.004:
@@ -1101,11 +1045,9 @@ def bring(env, block, goal, there, near=0.016):
 def graspable(env, block):
     """Whether the block is within reach, nothing is on it and the fingers have room around it."""
     at = env.block_pos[block]
-    others = env.block_pos[env.others[block]]
-    near = distance(others, at) < 0.07
-    blocked = near & (others[:, 2] > at[2] - 0.03)
-    within = abs(at[0] - 0.5) < 0.2 and abs(at[1] - 0.05) < 0.26
-    return bool(within and not blocked.any())
+    others = np.delete(env.block_pos, block, 0)
+    blocked = (distance(others, at) < 0.07) & (others[:, 2] > at[2] - 0.03)
+    return inside(at[:2], (0.3, -0.21), (0.7, 0.31)) and not blocked.any()
 
 
 # ---------------------------------------------------------------------------------- the tasks
@@ -1118,15 +1060,8 @@ class Task:
     (Env.resolve): indices of blocks and pads, a unit vector for a direction.
 
     slots: names from SLOTS. sentences: patterns with those slots in braces, the last two held out.
-    setup(env, rng): changes a new scene, in env.model and env.data, if the task needs it.
     possible(env, ..): can it be asked for now? target(env, ..): where the thing should go (3,) m.
     success(env, ..): is it done, this instant? expert(env, ..): an action (4,)."""
-
-    slots = ()
-    sentences = ()
-
-    def setup(self, env, rng):
-        pass
 
 
 class PickPlace(Task):
@@ -1159,7 +1094,7 @@ class PickPlace(Task):
         """Rests within 3 cm of the pad's centre."""
         at = env.block_pos[block]
         low = abs(at[2] - env.half[block]) < 0.005
-        return bool(distance(at, env.pad_pos[pad]) < 0.03 and low and env.at_rest(block))
+        return distance(at, env.pad_pos[pad]) < 0.03 and low and env.at_rest(block)
 
     def expert(self, env, block, pad):
         at = env.block_pos[block]
@@ -1198,7 +1133,7 @@ class Lift(Task):
     def success(self, env, block):
         """In the gripper, 10 cm above the table, no other block touched."""
         high = env.block_pos[block, 2] - env.half[block] > self.HEIGHT
-        return bool(env.held == block and high and env.memory.touched <= {block})
+        return env.held == block and high and env.memory.touched <= {block}
 
     def expert(self, env, block):
         if env.held is None:
@@ -1230,20 +1165,15 @@ class Push(Task):
     SPEED = 0.009  # m per control step
 
     def possible(self, env, block, direction):
-        at = env.block_pos[block]
-        start = at[:2] - self.BEHIND * direction
-        end = at[:2] + 0.14 * direction
-        others = env.block_pos[env.others[block], :2] - at[:2]
-        along = others @ direction
-        across = np.abs(others @ direction[::-1])
+        at = env.block_pos[block, :2]
+        others = np.delete(env.block_pos[:, :2], block, 0) - at
+        along, across = others @ direction, np.abs(others @ direction[::-1])
         in_the_way = (along > -0.13) & (along < 0.22) & (across < 0.075)
-        return bool(
-            at[2] < env.half[block] + 0.01
-            and graspable(env, block)
-            and (end > (0.31, -0.19)).all()
-            and (end < (0.71, 0.29)).all()
-            and (start > (0.31, -0.24)).all()
-            and (start < (0.70, 0.30)).all()
+        return (
+            graspable(env, block)
+            and not env.is_high()[block]
+            and inside(at - self.BEHIND * direction, (0.31, -0.24), (0.70, 0.30))
+            and inside(at + 0.14 * direction, (0.31, -0.19), (0.71, 0.29))
             and not in_the_way.any()
         )
 
@@ -1253,10 +1183,10 @@ class Push(Task):
 
     def success(self, env, block, direction):
         """Moved 8 cm that way since the instruction, at most 4 cm sideways, never lifted."""
-        moved = env.block_pos[block, :2] - env.memory.origin[block]
+        moved = (env.block_pos[block] - env.memory.origin[block])[:2]
         straight = moved @ direction >= 0.08 and abs(moved @ direction[::-1]) <= 0.04
         lifted = env.memory.lifted[block] or env.memory.airborne[block]
-        return bool(straight and not lifted)
+        return straight and not lifted
 
     def expert(self, env, block, direction):
         if env.held is not None:
@@ -1302,7 +1232,7 @@ class Stack(Task):
         return distance(at, base), height
 
     def possible(self, env, block, lower):
-        return bool(
+        return (
             block != lower
             and graspable(env, block)
             and graspable(env, lower)
@@ -1316,7 +1246,7 @@ class Stack(Task):
     def success(self, env, block, lower):
         """Rests on the lower block."""
         across, height = self.gap(env, block, lower)
-        return bool(across < 0.022 and height < 0.006 and env.at_rest(block))
+        return across < 0.022 and height < 0.006 and env.at_rest(block)
 
     def expert(self, env, block, lower):
         across, height = self.gap(env, block, lower)
@@ -1345,14 +1275,14 @@ class Drawer(Task):
         {pull} the cabinet {opened}""")
 
     def possible(self, env, way):
-        return bool(env.drawer < 0.07 if way == "open" else env.drawer > 0.05)
+        return env.drawer < 0.07 if way == "open" else env.drawer > 0.05
 
     def target(self, env, way):
         return HANDLE + [0.12 if way == "open" else 0, 0, 0]
 
     def success(self, env, way):
         """Open at least 10 cm, or shut within 1 cm."""
-        return bool(env.drawer >= 0.10 if way == "open" else env.drawer <= 0.01)
+        return env.drawer >= 0.10 if way == "open" else env.drawer <= 0.01
 
     def expert(self, env, way):
         done = env.drawer > 0.115 if way == "open" else env.drawer < 0.005
@@ -1390,20 +1320,18 @@ class Disturbance:
     def __init__(self, rng, amount):
         self.rng = rng
         self.amount = amount
-        self.push = np.zeros(3)
-        self.push_left = 0  # control steps
-        self.slip_left = 0
+        self.pushes = []  # (3,), those of the control steps to come
+        self.slip_left = 0  # control steps
 
     def disturb(self, action):
         noisy = action.astype(np.float64)
         noisy[:3] += self.amount * self.rng.normal(0, NOISE, 3)
-        if self.push_left == 0 and self.rng.random() < self.amount * PUSH:
-            self.push = self.rng.normal(size=3)
-            self.push_left = self.rng.integers(3, 8)
-            self.push *= 0.8 / np.linalg.norm(self.push)
-        if self.push_left:
-            noisy[:3] += self.push
-            self.push_left -= 1
+        if not self.pushes and self.rng.random() < self.amount * PUSH:
+            push = self.rng.normal(size=3)
+            steps = int(self.rng.integers(3, 8))
+            self.pushes = [push * (0.8 / np.linalg.norm(push))] * steps
+        if self.pushes:
+            noisy[:3] += self.pushes.pop()
         if self.slip_left == 0 and self.rng.random() < self.amount * SLIP:
             self.slip_left = 3
         if self.slip_left:
@@ -1421,20 +1349,20 @@ def demonstrate(env, seed, noise=1.0):
     obs, info = env.reset(seed)
     episodes, dropped = [], Counter()
     disturbance = Disturbance(rng, noise)
-    index = {str(request): i for i, request in enumerate(all_requests(env.tasks))}
+    requests = all_requests(env.tasks)
     for part in range(INSTRUCTIONS):
         goes_on = rng.random() < INTERRUPT
-        until = rng.integers(4, 60) if goes_on else MAX_STEPS
         frames = []
-        over = False
-        while not over and len(frames) < until:
+        for _ in range(rng.integers(4, 60) if goes_on else MAX_STEPS):
             action = expert(env)
             relabel = env.draw_request(rng, avoid=env.request) or env.request
-            frame = obs | grounding(env, relabel, index[str(relabel)]) | dict(actions=action)
-            obs, reward, _, truncated, info = env.step(disturbance.disturb(action))
+            labels = grounding(env, relabel, requests.index(relabel))
+            frame = obs | labels | dict(actions=action)
+            obs, reward, terminated, truncated, info = env.step(disturbance.disturb(action))
             success = info["success"]
             frames.append(frame | dict(rewards=np.float32(reward), dones=np.uint8(success)))
-            over = success or truncated or info["diverged"]
+            if terminated or truncated:
+                break
         if info["diverged"]:
             dropped["diverged"] += 1
         elif truncated and not success:
@@ -1445,10 +1373,10 @@ def demonstrate(env, seed, noise=1.0):
                 instruction=env.instruction,
                 task=env.task,
                 slots=json.dumps(env.slots),
-                request=index[str(env.request)],
+                request=requests.index(env.request),
                 things=env.things(env.slots),
                 num_samples=len(frames),
-                success=bool(success),
+                success=success,
                 interrupted=not success,
                 scene_seed=seed,
                 part=part,
@@ -1469,15 +1397,15 @@ def grounding(env, relabel, index):
     what the expert would do for another request, `relabel`, that could be made now."""
     things = env.things(relabel[1])
     goal = np.concatenate([env.thing_pos[things[0]], env.target(relabel)])
-    labels = dict(
-        things_pos=env.thing_pos.astype(np.float32),
-        relabel=np.uint16(index),
-        relabel_things=np.array(things, np.int8),
-        relabel_goal=goal.astype(np.float32),
-        relabel_action=expert(env, relabel),
-    )
+    labels = {
+        "grounding/things_pos": env.thing_pos.astype(np.float32),
+        "grounding/relabel": np.uint16(index),
+        "grounding/relabel_things": np.array(things, np.int8),
+        "grounding/relabel_goal": goal.astype(np.float32),
+        "grounding/relabel_action": expert(env, relabel),
+    }
     for name, camera in env.cameras.items():
-        labels[f"{name}_uv"] = camera.visible(env.data, env.thing_pos, env.thing_geom)
+        labels[f"grounding/{name}_uv"] = camera.visible(env.data, env.thing_pos, env.thing_geom)
     return labels
 
 
@@ -1525,33 +1453,11 @@ def write_episode(file, index, attrs, arrays):
                 maxshape=(None, *value.shape[1:]),
                 compression_opts=1,
             )
-        elif key in ("actions", "rewards", "dones"):
+        elif "/" in key or key in ("actions", "rewards", "dones"):
             group[key] = value
-        elif key.endswith("_uv") or key.startswith("relabel") or key == "things_pos":
-            group[f"grounding/{key}"] = value
         else:
             group[f"observations/{key}"] = value
     group.attrs.update(attrs)
-    link_episode(file, index)
-
-
-def link_episode(file, index):
-    """Gives episode `index` of an open file robomimic's names."""
-    group = file[f"episode_{index}"]
-    if group.get("obs", getlink=True) is not None:
-        del group["obs"]
-    group["obs"] = h5py.SoftLink(f"/episode_{index}/observations")
-    file[f"data/demo_{index}"] = h5py.SoftLink(f"/episode_{index}")
-
-
-def write_file(path, content):
-    """Writes bytes so that a torn write never leaves half a file."""
-    part = path.with_name(path.name + ".tmp")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def start_worker(folder, world, noise):
@@ -1573,20 +1479,20 @@ def record_batch(scenes):
     folder, env, noise = worker
     path = folder / f"{scenes[0]}.h5"
     if not path.exists():
-        buffer = io.BytesIO()
+        part = path.with_suffix(".tmp")
         dropped = Counter()
-        written = 0
+        buffer = io.BytesIO()  # so that a full disk is Python's OSError
         with h5py.File(buffer, "w") as file:
             for seed in scenes:
                 episodes, lost = demonstrate(env, seed, noise)
                 dropped += lost
                 for attrs, arrays in episodes:
-                    write_episode(file, written, attrs, arrays)
-                    written += 1
-            file.attrs.update(total=written, dropped=json.dumps(dropped))
-        write_file(path, buffer.getvalue())
+                    write_episode(file, len(file), attrs, arrays)
+            file.attrs.update(total=len(file), dropped=json.dumps(dropped))
+        part.write_bytes(buffer.getbuffer())
+        part.replace(path)
     with h5py.File(path) as file:
-        return path, int(file.attrs["total"]), Counter(json.loads(file.attrs["dropped"]))
+        return path, len(file), Counter(json.loads(file.attrs["dropped"]))
 
 
 def generate(out, episodes, seed, shard, world, noise, workers):
@@ -1597,10 +1503,11 @@ def generate(out, episodes, seed, shard, world, noise, workers):
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "settings.json"
     code = zlib.crc32(Path(__file__).read_bytes())  # no mixture of two versions
-    settings = dict(world, seed=seed, shard=shard, noise=noise, schema=SCHEMA, code=code)
-    settings = json.dumps(settings)
+    settings = json.dumps(
+        dict(world, seed=seed, shard=shard, noise=noise, schema=SCHEMA, code=code)
+    )
     if not note.exists():
-        write_file(note, settings.encode())
+        note.write_text(settings)
     if note.read_text() != settings:
         raise ValueError(
             f"{folder} was begun with other settings ({note.read_text()}); finish it "
@@ -1616,21 +1523,19 @@ def generate(out, episodes, seed, shard, world, noise, workers):
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, start_worker, (folder, world, noise))
     try:
-        with tqdm(total=episodes, unit="episode", disable=not sys.stderr.isatty()) as bar:
-            waiting = []  # a few batches, in order
-            while written < episodes:
-                for batch in itertools.islice(batches, 2 * workers - len(waiting)):
-                    waiting.append(pool.submit(record_batch, batch))
-                if not waiting:
-                    raise ValueError(f"these {len(scenes)} scenes hold {written} episodes")
-                path, found, lost = waiting.pop(0).result()
+        with tqdm(total=episodes, unit="episode", disable=None) as bar:
+            for path, found, lost in pool.map(record_batch, batches):
                 done[path] = min(found, episodes - written)
                 dropped += lost
                 written += done[path]
                 bar.update(done[path])
+                if written == episodes:
+                    break
     finally:
         pool.shutdown(cancel_futures=True)
-    assemble(out, done, world, dict(settings=settings, seed=seed, dropped=json.dumps(dropped)))
+    if written < episodes:
+        raise ValueError(f"these {len(scenes)} scenes hold {written} episodes")
+    assemble(out, done, world, settings=settings, seed=seed, dropped=json.dumps(dropped))
     shutil.rmtree(folder)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
     print(
@@ -1639,7 +1544,7 @@ def generate(out, episodes, seed, shard, world, noise, workers):
     )
 
 
-def assemble(out, batches, world, attrs):
+def assemble(out, batches, world, **attrs):
     """Copies the episodes of the batches into one file and adds what is said about all of them."""
     tasks = world["tasks"]
     commit = subprocess.run(
@@ -1659,9 +1564,11 @@ def assemble(out, batches, world, attrs):
         for path, episodes in batches.items():
             with h5py.File(path) as batch:
                 for k in range(episodes):
-                    batch.copy(f"episode_{k}", file, f"episode_{total}")
-                    link_episode(file, total)
-                    about = file[f"episode_{total}"].attrs
+                    name = f"episode_{total}"
+                    batch.copy(f"episode_{k}", file, name)
+                    file[f"{name}/obs"] = h5py.SoftLink(f"/{name}/observations")
+                    file[f"data/demo_{total}"] = h5py.SoftLink(f"/{name}")
+                    about = file[name].attrs
                     masks[split_of(about["scene_seed"], tasks)].append(f"demo_{total}")
                     samples += int(about["num_samples"])
                     total += 1
@@ -1701,7 +1608,7 @@ def describe(path):
                 print(f"{key:12} {str(value)[:200]}")
             episodes = range(file.attrs["total"])
             tasks = Counter(file[f"episode_{i}"].attrs["task"] for i in episodes)
-    except (OSError, KeyError) as error:
+    except OSError as error:
         raise ValueError(f"{path} is not a data file of gen_data.py ({error})") from None
     print(", ".join(f"{task} {n}" for task, n in tasks.items()))
 
@@ -1721,7 +1628,6 @@ def number(kind, low, high):
 
 
 def main():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -1779,7 +1685,7 @@ def main():
     add(
         "--workers",
         type=number(int, 1, 61),
-        default=min(cores or 1, 61),
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         help="processes (default all cores); does not change the data",
     )
     add("--info", type=Path, metavar="FILE", help="only print what is in this data file")

@@ -1,5 +1,5 @@
-"""The whole vision-language-action model, and a behaviour-cloning baseline. `python model.py` prints
-its parts and their sizes.
+"""The whole vision-language-action model, and a behaviour-cloning baseline. `python model.py`
+prints its parts and their sizes.
 
     front_image ──┐ conv stem   ┌──────────┐
     wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ P tokens ─mean▶ 1 ┐
@@ -10,25 +10,31 @@ its parts and their sizes.
                             │                                         └─────────────┘       goal ──┤
                             └──────────────────────────────────────────────────────────────────────┴▶ head
 
-A sentence reaches the action like this: `tokenize` makes word numbers, `Text` words in their context,
-`Pointers` looks in the patches for what the words name, `fusion` mixes what it found with the mean
-word and everything else, `goal` reads off where thing and place are, and the head turns all that into K actions.
+A sentence reaches the action like this: `tokenize` makes word numbers, `Text` words in their
+context, `Pointers` looks in the patches for what the words name, `fusion` mixes what it found with
+the mean word and everything else, `goal` reads off where thing and place are, and the head turns
+all that into K actions.
 
-Dimension letters, used everywhere: B batch (moments), V views (pictures of a moment: every camera's
-newest, then the ones before), H W pixels, P patches of all views, L text tokens, N tokens of any kind,
-E more of them, C width, S state numbers, G goal numbers, K actions in a chunk, A numbers in an action;
-U distinct sentences, R rows (pairs of a moment and a sentence), M attention maps.
+Dimension letters, used everywhere: B batch (moments), V views (pictures of a moment: every
+camera's newest, then the ones before), H W pixels, P patches of all views, L text tokens, N tokens
+of any kind, E more of them, C width, S state numbers, G goal numbers, K actions in a chunk, A
+numbers in an action; U distinct sentences, R rows (pairs of a moment and a sentence), M attention
+maps.
 """
 
 import argparse
 import dataclasses
 import io
+import math
 import os
-import pickle
 import re
+import subprocess
 import sys
+import textwrap
 import warnings
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,64 +47,56 @@ DROPPED = -20.0  # log-attention on a patch that was not kept: next to none
 
 
 # ---------------------------------------------------------------------------------- settings
-def setting(default, help=None, choices=None, low=1, high=10_000, needs=None):
-    """A dataclass field that knows what values it may have. With `help` it is a flag of train.py, too;
-    without, its value follows from the data. needs: (other setting, values of it) without which it
-    means nothing."""
+def setting(default, help, choices=None, low=1, high=10_000, needs=None):
+    """A dataclass field that is a flag of train.py and knows what values it may have. needs: (other
+    setting, values of it) without which it means nothing."""
     about = dict(help=help, choices=choices, low=low, high=high, needs=needs)
     return dataclasses.field(default=default, metadata=about)
 
 
+def comma_list(text):
+    return tuple(text.split(","))
+
+
 def add_flags(parser, settings):
     """Gives the parser a flag for each setting of a dataclass; what is not said stays unset."""
-
-    def words(text):
-        return tuple(text.split(","))
-
+    special = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=comma_list)}
     for field in dataclasses.fields(settings):
-        about = field.metadata
-        options = dict(
-            type=words if field.type is tuple else field.type, choices=about["choices"]
-        )
-        if field.type is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        if about["help"]:
-            shown = isinstance(field.default, (int, float)) or about["choices"]
-            default = f" (default {field.default})" if shown else ""
+        if field.metadata:
+            help, choices = field.metadata["help"], field.metadata["choices"]
+            if choices or field.type in (int, float, bool):
+                help += f" (default {field.default})"
+            options = special.get(field.type, dict(type=field.type, choices=choices))
             parser.add_argument(
-                f"--{field.name}",
-                default=argparse.SUPPRESS,
-                help=about["help"] + default,
-                **options,
+                f"--{field.name}", default=argparse.SUPPRESS, help=help, **options
             )
 
 
 def check_fields(settings, explicit=()):
-    """Raises ValueError, with a sentence for the user, if a value of a dataclass of settings is of
-    the wrong type or out of range, or if an `explicit` flag means nothing beside the others."""
+    """Raises ValueError, with a sentence for the user, if a setting is of the wrong type or out of
+    range, or if an `explicit` flag means nothing beside the others."""
     for field in dataclasses.fields(settings):
-        value, about = getattr(settings, field.name), field.metadata
-        kinds = (int, float) if field.type is float else field.type
-        if not isinstance(value, kinds) or isinstance(value, bool) and field.type is not bool:
-            raise ValueError(f"--{field.name} must be {field.type.__name__}, not {value!r}")
-        if about["choices"] and value not in about["choices"]:
-            raise ValueError(f"--{field.name} must be one of {about['choices']}, not {value!r}")
-        if field.type in (int, float) and not about["low"] <= value <= about["high"]:
-            raise ValueError(
-                f"--{field.name} must be from {about['low']} to {about['high']}, not {value}"
-            )
-        if field.type is tuple:
-            if len(set(value)) < len(value) or not all(isinstance(item, str) for item in value):
-                raise ValueError(
-                    f"--{field.name} must be names, none of them twice, not {value!r}"
-                )
-        if about["needs"] and field.name in explicit:
-            other, values = about["needs"]
-            if getattr(settings, other) not in values:
-                raise ValueError(
-                    f"--{field.name} goes with --{other} {' or '.join(map(str, values))}, "
-                    f"not with {getattr(settings, other)}"
-                )
+        if not field.metadata:
+            continue
+        value = getattr(settings, field.name)
+        _, choices, low, high, needs = field.metadata.values()
+        wanted = None
+        if type(value) is not field.type:
+            wanted = field.type.__name__
+        elif choices and value not in choices:
+            wanted = f"one of {choices}"
+        elif field.type in (int, float) and not choices and not low <= value <= high:
+            wanted = f"from {low} to {high}"
+        elif field.type is tuple and len(set(value)) < len(value):
+            wanted = "names, none of them twice"
+        if wanted:
+            raise ValueError(f"--{field.name} must be {wanted}, not {value!r}")
+        if needs and field.name in explicit:
+            other, values = needs
+            found = getattr(settings, other)
+            if found not in values:
+                good = " or ".join(values)
+                raise ValueError(f"--{field.name} goes with --{other} {good}, not with {found}")
 
 
 @dataclass
@@ -108,55 +106,45 @@ class Config:
     model: str = setting("vla", "vla, or bc: an MLP on the state alone", ("vla", "bc"))
     # of the data file
     tasks: tuple = setting(("pick_place",), "what to learn: all, or a comma list")
-    cameras: tuple = setting(
-        ("front", "wrist"), "comma list of the file's cameras to look through"
-    )
-    words: tuple = setting(())  # every word of the training sentences
-    state_keys: tuple = setting(("joint_pos", "ee_pos", "ee_vel", "gripper"))
-    state_size: int = setting(14, low=0)  # S: numbers in them
-    goal_size: int = setting(6)  # G: object_pos and target_pos
-    action_size: int = setting(4, high=100)  # A: dx, dy, dz, gripper
-    image_size: int = setting(64, low=8, high=512)  # px
+    cameras: tuple = setting(("front", "wrist"), "comma list of the file's cameras to use")
+    words: tuple = ()  # every word of the training sentences
+    state_keys: tuple = ("joint_pos", "ee_pos", "ee_vel", "gripper")
+    state_size: int = 14  # S: numbers in them
+    goal_size: int = 6  # G: object_pos and target_pos
+    action_size: int = 4  # A: dx, dy, dz, gripper
+    image_size: int = 64  # px
     # vision
     vision: str = setting(
         "vit_stem",
-        "patches by two small convolutions (vit_stem), by one linear "
-        "map (vit), or one vector for each picture (cnn)",
+        "patches by two small convolutions or a linear map (vit), or a vector a picture (cnn)",
         ("vit_stem", "vit", "cnn"),
     )
-    patch: int = setting(8, "px, edge of a patch", low=4, high=64)
-    coarse_cameras: tuple = setting(("wrist",))  # their patches are merged 2 x 2
+    patch: int = setting(8, "px, edge of a patch")
+    coarse_cameras: tuple = ("wrist",)  # their patches are merged 2 x 2
     keep_patches: int = setting(
-        40,
-        "patches kept of each moment: those with the pixels farthest from "
-        "the picture's median colour",
+        40, "patches kept of each moment: those farthest from the picture's median colour"
     )
-    frames: int = setting(
-        1, "pictures of each camera: the last ones, a control step apart", high=64
-    )
+    frames: int = setting(1, "pictures of each camera: the last ones, a control step apart")
     # language
     text: str = setting("word", "tokens of the sentence", ("word", "char"))
-    text_encoder: str = setting(
-        "transformer", "encoder of the sentence", ("transformer", "lstm")
-    )
-    max_text: int = setting(16, high=1000)  # L; shorter sentences are padded to it
+    text_encoder: str = setting("transformer", "of the sentence", ("transformer", "lstm"))
+    max_text: int = 16  # L; shorter sentences are padded to it
     pointers: int = setting(
-        1, "1: two pointers from words to patches, for the thing and its place", (0, 1), low=0
+        1, "1: two pointers from words to patches, for the thing and its place", (0, 1)
     )
     # fusion
     fusion: str = setting(
         "attention",
-        "one vector for each modality, mixed by attention, concat or "
-        "multiply; or a transformer over all tokens",
+        "mixes one vector for each modality; or a transformer over all tokens",
         ("attention", "concat", "multiply", "transformer"),
     )
-    width: int = setting(128, "C, numbers in a token", low=4, high=4096)
-    heads: int = setting(4, "attention heads", high=64)
-    layers: int = setting(2, "transformer layers of each encoder", high=64)
+    width: int = setting(128, "C, numbers in a token")
+    heads: int = setting(4, "attention heads")
+    layers: int = setting(2, "transformer layers of each encoder")
     # action head
     head: str = setting(
         "continuous",
-        "regression (continuous), bins and cross-entropy (tokens), or " "flow matching (flow)",
+        "regression (continuous), bins and cross-entropy (tokens), or flow matching (flow)",
         ("continuous", "tokens", "flow"),
     )
     loss: str = setting(
@@ -166,24 +154,19 @@ class Config:
         256, "bins for each number of an action", low=2, needs=("head", ("tokens",))
     )
     flow_steps: int = setting(
-        4, "integration steps of the flow head", high=1000, needs=("head", ("flow",))
+        4, "integration steps of the flow head", needs=("head", ("flow",))
     )
-    chunk: int = setting(8, "K, actions predicted in a forward pass", high=256)
+    chunk: int = setting(8, "K, actions predicted in a forward pass")
     execute: int = setting(
-        0,
-        "actions carried out before the next forward pass; 0: half the chunk",
-        low=0,
-        high=256,
+        0, "actions carried out before the next forward pass; 0: half the chunk", low=0
     )
     ensemble: bool = setting(False, "make a forward pass in every step and average all chunks")
 
     @property
-    def views(self):
-        """The camera of each of the V pictures: the newest of every camera, then the ones before."""
-        return tuple(self.cameras) * self.frames
-
-    @property
     def executed(self):
+        """How many actions of a chunk are carried out, or averaged."""
+        if self.ensemble:
+            return self.chunk
         return self.execute or (self.chunk + 1) // 2
 
     def check(self, explicit=()):
@@ -193,25 +176,12 @@ class Config:
             raise ValueError(
                 f"--width {self.width} must be a multiple of 4 and of --heads {self.heads}"
             )
-        if self.image_size % self.patch or self.patch % 4:
+        if self.patch % 4 or self.image_size % self.patch:
             raise ValueError(
-                f"--patch {self.patch} must be a multiple of 4 and divide the pictures' "
-                f"{self.image_size} px"
+                f"--patch {self.patch} must be a multiple of 4 and divide {self.image_size} px"
             )
         if self.execute > self.chunk:
             raise ValueError(f"--execute {self.execute} is more than the chunk of {self.chunk}")
-        if self.ensemble and self.chunk == 1:
-            raise ValueError(
-                "--ensemble averages several chunks; it needs a --chunk of 2 or more"
-            )
-        if self.model == "bc" and self.chunk > 1:
-            raise ValueError(
-                f"--model bc predicts one action at a time, not a --chunk of {self.chunk}"
-            )
-        if self.model == "bc" and not self.state_size:
-            raise ValueError(
-                "--model bc has nothing but the state to act on; --state none leaves nothing"
-            )
 
 
 # -------------------------------------------------------------------------------------- text
@@ -225,40 +195,36 @@ def split(text):
 def tokenize(text, config):
     """Sentence to (L,) int64; 0 is padding. Raises ValueError for an unknown word (word text)."""
     words = split(text)
-    unknown = [word for word in words if word not in config.words]
-    if unknown:
-        message = f"the model does not know the word {unknown[0]!r}; it knows: {' '.join(config.words)}"
-        if config.text == "word":
-            raise ValueError(message)
-        warnings.warn(message)
-    tokens = words
-    vocabulary = config.words
+    for word in words:
+        if word not in config.words:
+            known = " ".join(config.words)
+            message = f"the model does not know the word {word!r}; it knows: {known}"
+            if config.text == "word":
+                raise ValueError(message)
+            warnings.warn(message)
+    tokens, vocabulary = words, config.words
     if config.text == "char":
-        tokens = [char for char in " ".join(words) if char in CHARS]
-        vocabulary = CHARS
-    if len(tokens) > config.max_text:
-        raise ValueError(
-            f"the sentence is too long: {len(tokens)} {config.text}s, at most "
-            f"{config.max_text}: {text!r}"
-        )
-    ids = [vocabulary.index(token) + 1 for token in tokens]
-    return torch.tensor(ids + [0] * (config.max_text - len(ids)), dtype=torch.long)
+        tokens, vocabulary = " ".join(words), CHARS
+    ids = [vocabulary.index(token) + 1 for token in tokens if token in vocabulary]
+    if len(ids) > config.max_text:
+        raise ValueError(f"too long for {config.max_text} {config.text}s: {text!r}")
+    return torch.tensor(ids + [0] * (config.max_text - len(ids)))
 
 
 # -------------------------------------------------------------------------------------- parts
 class Block(nn.Module):
     """Pre-norm transformer layer. Its outputs start at zero, so that it starts as the identity."""
 
-    def __init__(self, width, heads):
+    def __init__(self, config):
         super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.q = nn.Linear(width, width, bias=False)
-        self.kv = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        C, self.heads = config.width, config.heads
+        self.norm1 = nn.LayerNorm(C)
+        self.norm2 = nn.LayerNorm(C)
+        self.q = nn.Linear(C, C, bias=False)
+        self.kv = nn.Linear(C, 2 * C, bias=False)
+        self.out = nn.Linear(C, C, bias=False)
+        self.up = nn.Linear(C, 4 * C)
+        self.down = nn.Linear(4 * C, C)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.down.weight)
 
@@ -270,7 +236,10 @@ class Block(nn.Module):
         """Tokens (B, N, C) to their keys and values (B, heads, N, 2 C / heads)."""
         return self.by_head(self.kv(self.norm1(x)))
 
-    def forward(self, x, context=None):
+    def forward(self, x):
+        return self.attend(x)[0]
+
+    def attend(self, x, context=None):
         """(B, N, C) to (B, N, C), and attention logits (B, heads, N, N + E). The tokens attend to
         themselves and to `context`, the keys() of E more tokens, which stay as they are."""
         y = self.norm1(x)
@@ -279,82 +248,64 @@ class Block(nn.Module):
         if context is not None:
             kv = torch.cat([kv, context], 2)
         k, v = kv.chunk(2, -1)
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        logits = q @ k.mT * q.shape[-1] ** -0.5
         x = x + self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
         hidden = F.relu(self.up(self.norm2(x))).square()  # Primer, arXiv:2109.08668
         return x + self.down(hidden), logits
 
 
-class Encoder(nn.ModuleList):
+def encoder(config, layers):
     """A stack of Blocks: (B, N, C) to (B, N, C)."""
-
-    def __init__(self, config, layers):
-        super().__init__(Block(config.width, config.heads) for _ in range(layers))
-
-    def forward(self, x):
-        for block in self:
-            x, _ = block(x)
-        return x
+    return nn.Sequential(*[Block(config) for _ in range(layers)])
 
 
-def mlp(*sizes):
-    """Linear layers with ReLU between them."""
+def mlp(*sizes, layer=nn.Linear):
+    """Layers with ReLU between them."""
     parts = []
-    for i in range(len(sizes) - 1):
-        parts += [nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU()]
+    for pair in pairwise(sizes):
+        parts += [layer(*pair), nn.ReLU()]
     return nn.Sequential(*parts[:-1])
 
 
 # ------------------------------------------------------------------------------------- vision
-def cut(x, size):
-    """Pictures (n, H, W, 3) to their patches (n, H / size, W / size, size * size * 3)."""
-    x = x.unflatten(1, (-1, size)).unflatten(3, (-1, size))  # (n, rows, size, columns, size, 3)
-    return x.transpose(2, 3).flatten(3)
-
-
 class Patches(nn.Module):
     """Pictures (n, H, W, 3) to (n, C, side, side): a linear map of each patch, as in ViT
     (arXiv:2010.11929)."""
 
-    def __init__(self, config):
+    def __init__(self, size, width):
         super().__init__()
-        self.size = config.patch
-        self.linear = nn.Linear(config.patch**2 * 3, config.width)
+        self.size = size
+        self.linear = nn.Linear(size**2 * 3, width)
 
     def forward(self, x):
-        return self.linear(cut(x, self.size)).permute(0, 3, 1, 2)
+        x = x.unflatten(1, (-1, self.size)).unflatten(3, (-1, self.size))
+        x = x.transpose(2, 3).flatten(3)  # (n, side, side, size size 3)
+        return self.linear(x).permute(0, 3, 1, 2)
 
 
-class Stem(nn.Module):
+class Stem(Patches):
     """The same in two steps: 4x4 patches, then an overlapping convolution (early convolutions:
     arXiv:2106.14881)."""
 
-    def __init__(self, config):
-        super().__init__()
-        self.linear = nn.Linear(4 * 4 * 3, 64)
-        self.conv = nn.Conv2d(64, config.width, 3, config.patch // 4, 1)
+    def __init__(self, size, width):
+        super().__init__(4, 64)
+        self.conv = nn.Conv2d(64, width, 3, size // 4, 1)
         self.conv.to(memory_format=torch.channels_last)  # as its input: no copy each time
 
     def forward(self, x):
-        return self.conv(F.relu(self.linear(cut(x, 4))).permute(0, 3, 1, 2))
+        return self.conv(F.relu(super().forward(x)))
 
 
 class CNN(nn.Module):
     """Pictures (n, H, W, 3) to (n, C, 1, 1): three convolutions and the mean over the picture."""
 
-    def __init__(self, config):
+    def __init__(self, size, width):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 32, 3, 2, 1),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, 2, 1),
-            nn.ReLU(),
-            nn.Conv2d(64, config.width, 3, 2, 1),
-            nn.ReLU(),
-        )
+        conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
+        self.net = mlp(3, 32, 64, width, layer=conv)
 
     def forward(self, x):
-        return self.net(x.permute(0, 3, 1, 2)).mean((2, 3), keepdim=True)
+        return F.relu(self.net(x.permute(0, 3, 1, 2))).mean((2, 3), keepdim=True)
 
 
 EMBEDDINGS = dict(vit_stem=Stem, vit=Patches, cnn=CNN)
@@ -364,61 +315,58 @@ class Vision(nn.Module):
     """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C) and which of the P patches of all views
     they are, (B, kept).
 
-    Bare table is most of every picture. Only the patches with the pixels farthest from the picture's
-    median colour become tokens, which halves the work. A CNN gives one token for each picture, and
-    no transformer follows it."""
+    Bare table is most of every picture. Only the patches with the pixels farthest from the
+    picture's median colour become tokens, which halves the work. A CNN gives one token for each
+    picture, and no transformer follows it."""
 
     def __init__(self, config):
         super().__init__()
-        V, C = len(config.views), config.width
+        views = (
+            config.cameras * config.frames
+        )  # the newest of every camera, then the ones before
+        V, C = len(views), config.width
         self.register_buffer("image_mean", torch.full((V, 1, 1, 3), 127.0))
         self.register_buffer("image_std", torch.full((V, 1, 1, 3), 64.0))
-        self.embed = EMBEDDINGS[config.vision](config)
-        self.keep = config.keep_patches * config.frames
+        self.embed = EMBEDDINGS[config.vision](config.patch, C)
         side = 1 if config.vision == "cnn" else config.image_size // config.patch
-        self.sides = []  # patches across, of each view
-        for camera in config.views:
-            coarse = camera in config.coarse_cameras and side > 1
-            self.sides.append(side // 2 if coarse else side)
+        self.sides = [  # patches across, of each view
+            max(1, side // 2) if camera in config.coarse_cameras else side for camera in views
+        ]
+        self.patches = sum(n * n for n in self.sides)  # P
+        self.keep = min(config.keep_patches * config.frames, self.patches)
         if min(self.sides) < side:
             self.merge = nn.Conv2d(C, C, 2, 2).to(memory_format=torch.channels_last)
-        for n in set(self.sides):
-            grid = sincos_2d(n, C).flatten(0, 1) if side > 1 else torch.zeros(1, C)
-            self.register_buffer(f"grid{n}", grid, persistent=False)
         self.view = nn.Parameter(torch.randn(V, C) * 0.02)
-        self.blocks = Encoder(config, config.layers if side > 1 else 0)
+        self.blocks = encoder(config, config.layers if side > 1 else 0)
 
     def forward(self, images):
-        x = images.flatten(0, 1).float()  # (B V, H, W, 3)
-        median = x[:, ::8, ::8].flatten(1, 2).median(1).values  # of a few pixels; (B V, 3)
-        distance = (x - median[:, None, None]).abs().amax(-1)  # (B V, H, W)
-        distance = distance.unflatten(0, images.shape[:2])  # (B, V, H, W)
-        x = x.unflatten(0, images.shape[:2])
-        x = (x - self.image_mean).div(self.image_std).flatten(0, 1)
-        x = self.embed(x).unflatten(0, images.shape[:2])  # (B, V, C, side, side)
+        x = images.float()
+        some = x[:, :, ::8, ::8].flatten(2, 3)  # a few pixels
+        median = some.median(2, keepdim=True).values[:, :, None]  # (B, V, 1, 1, 3)
+        distance = (x - median).abs().amax(-1)  # (B, V, H, W)
+        x = (x - self.image_mean) / self.image_std
+        x = self.embed(x.flatten(0, 1)).unflatten(0, images.shape[:2])  # (B, V, C, side, side)
         tokens, scores = [], []
         for i, side in enumerate(self.sides):
             view = x[:, i] if side == x.shape[-1] else self.merge(x[:, i])
-            view = view.flatten(2).transpose(1, 2)  # (B, side side, C)
-            tokens.append(view + getattr(self, f"grid{side}") + self.view[i])
-            cell = images.shape[2] // side
-            scores.append(F.max_pool2d(distance[:, i : i + 1], cell).flatten(1))
-        x = torch.cat(tokens, 1)  # (B, P, C)
-        scores = torch.cat(scores, 1)  # (B, P)
-        kept = scores.topk(min(self.keep, scores.shape[1])).indices.sort().values
-        x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+            view = view.flatten(2).mT  # (B, side side, C)
+            if x.shape[-1] > 1:
+                view = view + sincos_2d(side, view.shape[2], view.device)
+            tokens.append(view + self.view[i])
+            scores.append(F.max_pool2d(distance[:, i], images.shape[2] // side).flatten(1))
+        kept = torch.cat(scores, 1).topk(self.keep).indices.sort().values
+        x = torch.cat(tokens, 1).take_along_dim(kept[..., None], 1)
         return self.blocks(x), kept
 
 
-def sincos_2d(side, width):
-    """Fixed 2-D sine-cosine positions (side, side, width), half the channels for y, half for x (as
+@cache
+def sincos_2d(side, width, device):
+    """Fixed 2-D sine-cosine positions (side side, width), half the channels for y, half for x (as
     in MAE, arXiv:2111.06377)."""
     freq = 1.0 / 100 ** (torch.arange(width // 4) / (width // 4))
-    angle = torch.arange(side)[:, None] * freq
-    wave = torch.cat([angle.sin(), angle.cos()], 1)  # (side, C / 2)
-    y = wave[:, None].expand(-1, side, -1)
-    x = wave.expand(side, -1, -1)
-    return torch.cat([y, x], 2)
+    place = torch.cartesian_prod(torch.arange(side), torch.arange(side))  # y and x
+    angle = place[..., None] * freq
+    return torch.cat([angle.sin(), angle.cos()], 2).flatten(1).to(device)
 
 
 # ----------------------------------------------------------------------------------- language
@@ -433,12 +381,12 @@ class Text(nn.Module):
         C = config.width
         vocabulary = config.words if config.text == "word" else CHARS
         self.embed = nn.Embedding(1 + len(vocabulary), C)
-        self.lstm = self.blocks = None
+        self.lstm = None
         if config.text_encoder == "lstm":
             self.lstm = nn.LSTM(C, C // 2, batch_first=True, bidirectional=True)
         else:
             self.position = nn.Parameter(torch.randn(config.max_text, C) * 0.02)
-            self.blocks = Encoder(config, config.layers)
+            self.blocks = encoder(config, config.layers)
 
     def forward(self, text):
         words = self.embed(text)
@@ -451,8 +399,9 @@ class Pointers(nn.Module):
     """Two queries, for what is to be moved and for its place, that look for one patch each.
 
     Grammar and meaning are kept apart (arXiv:1904.09708): the words in their context say at which
-    words a pointer finds its name and what kind of thing it is; the name itself is the bare embedding
-    of those words. So colours that never came together in training are no surprise."""
+    words a pointer finds its name and what kind of thing it is; the name itself is the bare
+    embedding of those words. So colours that never came together in training are no surprise.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -467,7 +416,7 @@ class Pointers(nn.Module):
         """How much of its name each pointer finds at each word: (U, L, C) and padding (U, L) bool
         to (U, 2, L), of sum 1."""
         logits = self.word_norm(words) @ self.roles.T * self.roles.shape[1] ** -0.5
-        return (logits - 1e4 * padding[..., None]).softmax(1).transpose(1, 2)
+        return (logits - 1e4 * padding[..., None]).softmax(1).mT
 
     def queries(self, words, padding, names):
         """Words in their context (U, L, C), padding (U, L), bare names (U, L, C) to (U, 2, C)."""
@@ -477,7 +426,7 @@ class Pointers(nn.Module):
         """Queries (R, 2, C) and patches (B, kept, C) to what they point at, (R, 2, C), and their
         log-attention (R, 2, kept). Row i sees patches[picture[i]]."""
         keys = self.key(self.patch_norm(patches))[picture]
-        logits = queries @ keys.transpose(1, 2) * queries.shape[-1] ** -0.5
+        logits = queries @ keys.mT * queries.shape[-1] ** -0.5
         return logits.softmax(-1) @ patches[picture], logits.log_softmax(-1)
 
 
@@ -492,28 +441,28 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.cls = nn.Parameter(torch.randn(config.width) * 0.02)
-        self.blocks = Encoder(config, config.layers)
+        self.blocks = encoder(config, config.layers)
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, patches, words, others, picture):
         cls = self.cls.expand(len(words), 1, -1)
         x = torch.cat([cls, words, others], 1)  # (R, 1 + L + E, C)
         for block in self.blocks:
-            x, logits = block(x, block.keys(patches)[picture])
+            x, logits = block.attend(x, block.keys(patches)[picture])
         maps = logits[:, : len(POINTERS), 0].log_softmax(-1)
         return self.norm(x[:, 0]), maps[..., -patches.shape[1] :]
 
 
 class OneEach(nn.Module):
     """What the other fusions share: one vector for each modality, the mean of its tokens, and no
-    attention map. build(config, n) makes the layers, mix() one (R, C) of the n vectors (R, n, C).
+    attention map. build() makes the layers for n vectors, mix() one (R, C) of them (R, n, C).
     """
 
     def __init__(self, config):
         super().__init__()
         self.norm = nn.LayerNorm(config.width)
-        n = 2 + len(POINTERS) * config.pointers
-        self.build(config, n + 1 if config.state_size else n)
+        n = 2 + len(POINTERS) * config.pointers + bool(config.state_size)
+        self.build(config, n)
 
     def forward(self, patches, words, others, picture):
         seen = patches.mean(1)[picture][:, None]
@@ -525,10 +474,10 @@ class Attention(OneEach):
     """The vectors attend to each other once and are averaged."""
 
     def build(self, config, n):
-        self.block = Block(config.width, config.heads)
+        self.block = Block(config)
 
     def mix(self, x):
-        return self.block(x)[0].mean(1)
+        return self.block(x).mean(1)
 
 
 class Concat(OneEach):
@@ -555,25 +504,28 @@ FUSIONS = dict(attention=Attention, transformer=Transformer, concat=Concat, mult
 
 
 # -------------------------------------------------------------------------------- action heads
-# A head has forward(features), the actions, and error(features, target, valid), what is trained: one
-# number for each number of the actions, not reduced; train.py weights and averages them.
+# A head has forward(features), the actions, and error(features, target, valid), what is trained:
+# one number for each number of the actions, not reduced; train.py weights and averages them.
+def chunk_mlp(config, *sizes, last=()):
+    """An MLP that ends in (K, A, *last) numbers."""
+    shape = config.chunk, config.action_size, *last
+    return mlp(*sizes, math.prod(shape)).append(nn.Unflatten(1, shape))
+
+
 class Continuous(nn.Module):
     """Regression: features (R, size) to actions (R, K, A) in [-1, 1]; error() is (R, K, A), of each
     number on its own, for targets (R, K, A), of which only the `valid` (R, K) bool count."""
 
     def __init__(self, config, size):
         super().__init__()
-        self.config = config
-        self.net = mlp(size, 2 * config.width, config.chunk * config.action_size).append(
-            nn.Tanh()
-        )
+        self.loss = dict(l1=torch.abs, mse=torch.square)[config.loss]
+        self.net = chunk_mlp(config, size, 2 * config.width)
 
     def forward(self, x):
-        return self.net(x).unflatten(1, (-1, self.config.action_size))
+        return self.net(x).tanh()
 
     def error(self, x, target, valid):
-        difference = self(x).float() - target
-        return difference.abs() if self.config.loss == "l1" else difference.square()
+        return self.loss(self(x).float() - target)
 
 
 class Tokens(nn.Module):
@@ -582,21 +534,15 @@ class Tokens(nn.Module):
 
     def __init__(self, config, size):
         super().__init__()
-        self.config = config
-        tokens = config.chunk * config.action_size * config.bins
-        self.net = mlp(size, 2 * config.width, tokens)
-
-    def logits(self, x):
-        return self.net(x).unflatten(1, (-1, self.config.action_size, self.config.bins))
+        self.bins = config.bins
+        self.net = chunk_mlp(config, size, 2 * config.width, last=(self.bins,))
 
     def forward(self, x):
-        bin_size = 2 / self.config.bins
-        return (self.logits(x).argmax(-1) + 0.5) * bin_size - 1  # the middle of the bin
+        return (self.net(x).argmax(-1) + 0.5) * (2 / self.bins) - 1  # the middle of the bin
 
     def error(self, x, target, valid):
-        bins = self.config.bins
-        token = ((target + 1) * (bins / 2)).long().clamp(0, bins - 1)
-        return F.cross_entropy(self.logits(x).float().movedim(-1, 1), token, reduction="none")
+        token = ((target + 1) * (self.bins / 2)).long().clamp(0, self.bins - 1)
+        return F.cross_entropy(self.net(x).float().movedim(-1, 1), token, reduction="none")
 
 
 class Flow(nn.Module):
@@ -611,13 +557,13 @@ class Flow(nn.Module):
         self.config = config
         self.register_buffer("noise", torch.randn(config.chunk, config.action_size))
         inputs = size + self.noise.numel() + 2 * self.FREQUENCIES
-        self.net = mlp(inputs, 2 * config.width, 2 * config.width, self.noise.numel())
+        self.net = chunk_mlp(config, inputs, 2 * config.width, 2 * config.width)
 
     def velocity(self, x, actions, time):
         """Features (R, size), actions on their way (R, K, A), time (R, 1) from 0, noise, to 1."""
         angle = time * 2 ** torch.arange(self.FREQUENCIES, device=time.device)
         x = torch.cat([x, actions.flatten(1), angle.sin(), angle.cos()], 1)
-        return self.net(x).unflatten(1, (-1, self.config.action_size))
+        return self.net(x)
 
     def forward(self, x):
         actions = self.noise.expand(len(x), -1, -1)
@@ -661,92 +607,78 @@ class Policy(nn.Module):
     def reset(self):
         """Forget everything; call it when an episode starts."""
         self.memory = []
-        self.encoded = None
-
-    @property
-    def device(self):
-        return self.state_mean.device
+        self.heard = None
 
     def normalize(self, state):
         return (state - self.state_mean) / self.state_std
 
     def read_observations(self, histories):
-        """Observation dicts, for each episode a list of the last ones, newest first, to images (B, V,
-        H, W, 3) uint8 and state (B, S) float32. Where there are fewer than config.frames, the oldest
-        is repeated. Raises ValueError for what is missing or not of the right kind."""
-        config, size = self.config, self.config.image_size
-        keys = [f"{camera}_image" for camera in config.cameras]
+        """Observation dicts, for each episode a list of the last ones, newest first, to images (B,
+        V, H, W, 3) uint8 and state (B, S) float32. Where there are fewer than config.frames, the
+        oldest is repeated. Raises ValueError for what is missing or not of the right kind."""
+        config, device = self.config, self.state_mean.device
+        shape = config.image_size, config.image_size, 3
         images, states = [], []
-        for history in histories:
-            for key in (*keys, *config.state_keys):
-                if key not in history[0]:
-                    raise ValueError(
-                        f"the observation has no {key!r}; this checkpoint reads "
-                        f"{', '.join((*keys, *config.state_keys))}"
-                    )
-            for age in range(config.frames):
-                obs = history[min(age, len(history) - 1)]
-                images += [np.asarray(obs[key]) for key in keys]
-                for key, image in zip(keys, images[-len(keys) :] if keys else ()):
-                    if image.shape != (size, size, 3) or image.dtype != np.uint8:
-                        raise ValueError(
-                            f"{key} must be ({size}, {size}, 3) uint8, not "
-                            f"{image.shape} {image.dtype}"
-                        )
-            numbers = [np.ravel(history[0][key]) for key in config.state_keys]
-            states.append(np.concatenate([np.zeros(0), *numbers]).astype(np.float32))
-            if states[-1].shape != (config.state_size,) or not np.isfinite(states[-1]).all():
+        try:
+            for history in histories:
+                for age in range(config.frames):
+                    obs = history[min(age, len(history) - 1)]
+                    images += [obs[f"{camera}_image"] for camera in config.cameras]
+                numbers = [np.ravel(history[0][key]) for key in config.state_keys]
+                states.append(np.concatenate([[], *numbers]))
+        except KeyError as error:
+            raise ValueError(f"the observation has no {error}") from None
+        for image in images:
+            if image.shape != shape or image.dtype != np.uint8:
                 raise ValueError(
-                    f"the state must be {config.state_size} finite numbers "
-                    f"({', '.join(config.state_keys)}), not {states[-1]}"
+                    f"pictures must be {shape} uint8, not {image.shape} {image.dtype}"
                 )
-        images = np.array(images, np.uint8).reshape(len(histories), -1, size, size, 3)
-        state = torch.from_numpy(np.array(states))
-        return torch.from_numpy(images).to(self.device), state.to(self.device)
+        state = np.array(states, np.float32)
+        if state.shape[1] != config.state_size or not np.isfinite(state).all():
+            raise ValueError(
+                f"{', '.join(config.state_keys)} must be {config.state_size} finite numbers"
+            )
+        images = np.array(images, np.uint8).reshape(len(histories), -1, *shape)
+        return torch.tensor(images, device=device), torch.tensor(state, device=device)
 
     def act(self, observations, sentences):
-        """One action each, (B, A) float32, for B episodes that go on side by side: an observation dict
-        and a sentence of every one. There is a forward pass, of the whole batch, when some episode has
-        used up its actions or got a new sentence; the others go on with the ones they have."""
+        """One action each, (B, A) float32, for B episodes that go on side by side: an observation
+        dict and a sentence of every one. There is a forward pass, of the whole batch, when some
+        episode has used up its actions or got a new sentence; the others go on with the ones they
+        have."""
         config = self.config
-        if not self.memory:
-            self.memory = [Memory(sentence, [], []) for sentence in sentences]
-        for memory, obs, sentence in zip(self.memory, observations, sentences, strict=True):
+        self.memory = self.memory or [Memory(None, [], []) for _ in sentences]
+        for memory, obs, sentence in zip(self.memory, observations, sentences):
             if memory.sentence != sentence:
                 memory.sentence, memory.chunks, memory.observations = sentence, [], []
-            memory.observations = [obs, *memory.observations[: config.frames - 1]]
+            memory.observations = [obs, *memory.observations][: config.frames]
         if config.ensemble or not all(memory.chunks for memory in self.memory):
             chunks = self.plan([memory.observations for memory in self.memory], sentences)
             for memory, chunk in zip(self.memory, chunks):
-                if config.ensemble:
-                    memory.chunks.append(chunk)
-                elif not memory.chunks:
-                    memory.chunks = [chunk[: config.executed]]
+                if config.ensemble or not memory.chunks:
+                    memory.chunks.append(chunk[: config.executed])
         actions = []
         for memory in self.memory:  # the oldest chunk weighs most: ACT, arXiv:2304.13705
             weights = np.exp(-0.01 * np.arange(len(memory.chunks)))
-            now = [chunk[0] for chunk in memory.chunks]
-            actions.append(weights / weights.sum() @ now)
+            actions.append(np.average([chunk[0] for chunk in memory.chunks], 0, weights))
             memory.chunks = [chunk[1:] for chunk in memory.chunks if len(chunk) > 1]
         return np.array(actions, np.float32)
 
     def predict(self, obs, language=None):
-        """One action (A,) float32 in [-1, 1] for an observation dict and a sentence; call reset() when
-        an episode starts. Raises ValueError for an unknown word, or an observation that the
+        """One action (A,) float32 in [-1, 1] for an observation dict and a sentence; call reset()
+        when an episode starts. Raises ValueError for an unknown word, or an observation that the
         checkpoint cannot read."""
         return self.act([obs], [language])[0]
 
     def save(self, path, **extra):
         """Writes config, weights and `extra` (plain values) to one file that load() opens."""
-        save_file(
-            path,
-            dict(config=dataclasses.asdict(self.config), weights=self.state_dict(), **extra),
-        )
+        config = dataclasses.asdict(self.config)
+        save_file(path, dict(config=config, weights=self.state_dict(), **extra))
 
     @staticmethod
     def load(path=None, device="cpu"):
-        """The policy (VLA or BC) in a checkpoint of train.py; without a path, out/ckpt.pt or else the
-        one in assets/. Raises ValueError with a sentence for the user."""
+        """The policy (VLA or BC) in a checkpoint of train.py; without a path, out/ckpt.pt or else
+        the one in assets/. Raises ValueError with a sentence for the user."""
         if path is None:
             path = Path("out/ckpt.pt")
             if not path.exists():
@@ -755,22 +687,16 @@ class Policy(nn.Module):
         try:
             config = Config(**saved["config"])
             config.check()
-            with torch.device("meta"):  # its shapes, before any memory is asked for
-                shapes = {
-                    name: x.shape
-                    for name, x in POLICIES[config.model](config).state_dict().items()
-                }
-            if shapes != {name: x.shape for name, x in saved["weights"].items()}:
-                raise ValueError("its weights do not fit its settings")
-            model = POLICIES[config.model](config)
-            model.load_state_dict(saved["weights"])
-            model.step = saved.get("step")
-            model.fingerprint = dict(saved.get("fingerprint", {}))
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            with torch.device("meta"):  # asks for no memory: its weights are those of the file
+                model = POLICIES[config.model](config)
+            model.load_state_dict(saved["weights"], assign=True)
+        except Exception as error:  # whatever is missing or does not fit
             raise ValueError(
                 f"{path} is not a checkpoint of this model ({one_line(error)})"
-            ) from None
+            ) from error
         model.path = str(path)
+        model.step = saved.get("step")
+        model.fingerprint = saved.get("fingerprint", {})
         return model.to(device).eval()
 
 
@@ -789,106 +715,88 @@ class VLA(Policy):
         self.head = HEADS[config.head](config, C + G + config.state_size)
 
     def encode_text(self, text, names=None):
-        """Sentences (U, L) to words in their context (U, L, C), and the pointers' queries (U, 2, C) or
-        None. names: the same sentences, if the colours in `text` are not the true ones (train.py
-        shuffles them there, so that nothing but the names can depend on them)."""
+        """Sentences (U, L) to words in context (U, L, C), and the pointers' queries (U, 2, C), or
+        (U, 0, C) without pointers. names: the same sentences, if the colours in `text` are not
+        the true ones (train.py shuffles them there, so that nothing but the names can depend on
+        them)."""
         words = self.text(text)
         if not self.pointers:
-            return words, None
+            return words, words[:, :0]
         bare = 0  # characters name nothing
         if self.config.text == "word":
             bare = self.text.embed(text if names is None else names)
         return words, self.pointers.queries(words, text == 0, bare)
-
-    def fuse(self, patches, words, queries, state, picture):
-        """Patches (B, kept, C), words (R, L, C), queries (R, 2, C) or None, state (R, S) to features
-        for the head (R, C + G + S), goals (R, G) (metres, normalised) and log-attention on the
-        patches (R, M, kept): of the two pointers, if any, then of two CLS heads, if any. Row i
-        sees patches[picture[i]]."""
-        state = self.normalize(state)
-        others = [words[:, :0]]  # (R, 0, C): cat never meets an empty list
-        maps = []
-        if self.pointers:
-            found, attention = self.pointers(queries, patches, picture)
-            others.append(found)
-            maps.append(attention)
-        if self.state:
-            others.append(self.state(state)[:, None])
-        x, attention = self.fusion(patches, words, torch.cat(others, 1), picture)
-        goal = self.goal(x)
-        return torch.cat([x, goal, state], 1), goal, torch.cat([*maps, attention], 1)
 
     def forward(
         self,
         images,
         state,
         text,
-        picture=None,
-        sentence=None,
+        picture=slice(None),
+        sentence=slice(None),
         names=None,
         target=None,
         valid=None,
     ):
-        """images (B, V, H, W, 3) uint8, state (B, S), text (U, L): each picture and each sentence is
-        encoded once. Row i pairs picture[i] with sentence[i]; by default picture i with sentence i.
+        """images (B, V, H, W, 3) uint8, state (B, S), text (U, L) or what encode_text() makes of
+        it: each picture and each sentence is encoded once. Row i pairs picture[i] with sentence[i];
+        by default picture i with sentence i.
 
-        Returns actions (R, K, A), or with `target` (R, K, A) and `valid` (R, K) the head's error (R, K,
-        A); goals (R, G); log-attention (R, M, P) on the patches of all views in turn."""
-        if picture is None:
-            picture = sentence = torch.arange(len(images), device=images.device)
-        patches, kept = self.vision(images)
-        words, queries = self.encode_text(text, names)
-        if queries is not None:
-            queries = queries[sentence]
-        features, goal, attention = self.fuse(
-            patches, words[sentence], queries, state[picture], picture
-        )
+        Returns actions (R, K, A), or with `target` (R, K, A) and `valid` (R, K) the head's error
+        (R, K, A); goals (R, G) (metres, normalised); log-attention (R, M, P) on the patches of all
+        views in turn: of the two pointers, if any, then of two CLS heads, if any."""
+        patches, kept = self.vision(images)  # (B, kept, C), which patches they are
+        encoded = text if isinstance(text, tuple) else self.encode_text(text, names)
+        words, queries = (x[sentence] for x in encoded)  # (R, L, C), (R, 2, C)
+        state = self.normalize(state)[picture]
+        others, maps = queries, []
+        if self.pointers:
+            others, attention = self.pointers(queries, patches, picture)
+            maps.append(attention)
+        if self.state:
+            others = torch.cat([others, self.state(state)[:, None]], 1)
+        x, attention = self.fusion(patches, words, others, picture)
+        maps = torch.cat([*maps, attention], 1)  # (R, M, kept)
+        goal = self.goal(x)
+        features = torch.cat([x, goal, state], 1)
         if target is None:
             answer = self.head(features)
         else:
             answer = self.head.error(features, target, valid)
-        R, M, _ = attention.shape
-        P = sum(side * side for side in self.vision.sides)
-        everywhere = attention.new_full((R, M, P), DROPPED)
-        return (
-            answer,
-            goal,
-            everywhere.scatter(2, kept[picture][:, None].expand(-1, M, -1), attention),
-        )
+        everywhere = maps.new_full((*maps.shape[:2], self.vision.patches), DROPPED)
+        where = kept[picture][:, None].expand_as(maps)
+        return answer, goal, everywhere.scatter(2, where, maps)
 
     @torch.inference_mode()
     def plan(self, histories, sentences):
         """Chunks of actions (B, K, A) float32 numpy for B episodes, see read_observations."""
         distinct = list(dict.fromkeys(sentences))
-        if None in distinct:
-            raise ValueError("this policy needs a sentence: predict(obs, language=...)")
-        if self.encoded is None or self.encoded[0] != distinct:
+        if self.heard != distinct:  # they are encoded once
+            if None in distinct:
+                raise ValueError("this policy needs a sentence: predict(obs, language=...)")
             text = torch.stack([tokenize(sentence, self.config) for sentence in distinct])
-            self.encoded = distinct, *self.encode_text(text.to(self.device))
-        _, words, queries = self.encoded
+            self.encoded = self.encode_text(text.to(self.state_mean.device))
+            self.heard = distinct
         images, state = self.read_observations(histories)
         sentence = [distinct.index(sentence) for sentence in sentences]
-        if queries is not None:
-            queries = queries[sentence]
-        picture = torch.arange(len(images), device=self.device)
-        patches, _ = self.vision(images)
-        features, *_ = self.fuse(patches, words[sentence], queries, state, picture)
-        return self.head(features).float().cpu().numpy()
+        actions, *_ = self(images, state, self.encoded, sentence=sentence)
+        return actions.float().cpu().numpy()
 
 
 class BC(Policy):
-    """Behaviour cloning from the state, without eyes or words: (B, S) to one action (B, 1, A)."""
+    """Behaviour cloning from the state, without eyes or words: (B, S) to actions (B, K, A)."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.net = mlp(config.state_size, 256, 256, 256, config.action_size).append(nn.Tanh())
+        self.net = chunk_mlp(config, config.state_size, 256, 256, 256)
 
     def forward(self, state):
-        return self.net(self.normalize(state))[:, None]
+        return self.net(self.normalize(state)).tanh()
 
     @torch.inference_mode()
     def plan(self, histories, sentences):
-        return self(self.read_observations(histories)[1]).cpu().numpy()
+        _, state = self.read_observations(histories)
+        return self(state).cpu().numpy()
 
 
 POLICIES = dict(vla=VLA, bc=BC)
@@ -896,43 +804,35 @@ POLICIES = dict(vla=VLA, bc=BC)
 
 # ------------------------------------------------------------------------- files and errors
 def save_file(path, content):
-    """torch.save that never leaves half a file, not even when the power fails."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    """torch.save that never leaves half a file."""
     buffer = io.BytesIO()  # so that a full disk is Python's OSError
     torch.save(content, buffer)
-    with open(part, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    part = Path(f"{path}.part")
+    part.write_bytes(buffer.getbuffer())
     part.replace(path)
 
 
 def load_file(path):
     """The dict that save_file wrote. Untrusted files are never executed."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict):
-            raise TypeError("it holds something else")
-    except OSError as error:
-        raise ValueError(
-            f"cannot read the checkpoint {path}: {error.strerror}; python train.py makes "
-            "out/ckpt.pt"
-        ) from None
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} is not a checkpoint of this model (it holds something else than "
-            "weights and plain values)"
-        ) from None
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file may cause in torch
-        raise ValueError(
-            f"{path} is not a checkpoint of this model ({one_line(error)})"
-        ) from None
-    return saved
+        kind = type(error).__name__  # its message may advise to trust the file
+        raise ValueError(f"{path} is not a checkpoint of this model ({kind})") from error
 
 
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def code_version():
+    """git's name of the code that runs, or "unknown"."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def one_line(error, longest=200):
+    return textwrap.shorten(str(error), longest) or type(error).__name__
 
 
 def explain_errors(script):
@@ -941,17 +841,13 @@ def explain_errors(script):
     sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
 
     def hook(kind, error, trace):
-        if issubclass(kind, KeyboardInterrupt):
+        if kind is KeyboardInterrupt:
             os._exit(130)
         mendable = issubclass(kind, (ValueError, OSError, MemoryError))
-        if not mendable or os.environ.get("PICOVLA_TRACEBACK"):
+        if not mendable or "PICOVLA_TRACEBACK" in os.environ:
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
-        print(
-            f"{script}: {' '.join(str(error).split()) or kind.__name__}",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"{script}: {one_line(error, 10_000)}", file=sys.stderr)
         os._exit(2)
 
     sys.excepthook = hook
@@ -959,6 +855,5 @@ def explain_errors(script):
 
 if __name__ == "__main__":
     model = VLA(Config(words=tuple(f"word{i}" for i in range(30))))
-    parts = dict(model.named_children()) | dict(all=model)
-    for name, part in parts.items():
+    for name, part in [*model.named_children(), ("all", model)]:
         print(f"{name:10}{sum(p.numel() for p in part.parameters()):12,}")

@@ -58,7 +58,7 @@ parser = argparse.ArgumentParser(
 )
 add = parser.add_argument
 either = parser.add_mutually_exclusive_group().add_argument
-either("--ckpt", type=Path, help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
+either("--ckpt", help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
 either("--expert", action="store_true", help="play the scripted expert instead")
 either("--data", type=Path, help="show or replay demonstrations of this file instead")
 add("--instruction", help="what to do (default: the scene's own sentence)")
@@ -77,7 +77,7 @@ add(
 add(
     "--attention",
     action="store_true",
-    help="show where the policy looks; with --episodes: count how often that is what is named",
+    help="show where the policy looks; with --episodes: how often that is what is named",
 )
 add("--pipeline", action="store_true", help="draw the first forward pass in the scene")
 add(
@@ -102,42 +102,23 @@ add(
 args = parser.parse_args()
 
 torch.set_num_threads(1)  # for one picture at a time, more only wait for each other
-several = len(args.seed) > 1
-inside = args.attention or args.pipeline
+inside = args.attention or args.pipeline or args.episodes
 suffix = args.out and args.out.suffix
-refused = [
-    (several and not args.out, "several scenes need --out; the prompt plays one"),
-    (
-        args.pipeline and (several or suffix != ".png"),
-        "--pipeline draws one scene; give one --seed and an --out that ends in .png",
-    ),
-    (args.replay and not args.data, "--replay needs --data, the file to replay"),
-    (
-        args.data and not args.replay and not args.out,
-        "--data needs --out, a picture of an episode, or --replay",
-    ),
-    (
-        args.data and (inside or args.instruction),
-        "--data shows what was recorded; leave out --attention, --pipeline and --instruction",
-    ),
-    (
-        args.episodes and not args.replay and not args.attention,
-        "--episodes is for counting, with --attention or --replay",
-    ),
-    (
-        args.out and (args.replay or args.episodes),
-        "--replay and --episodes only count; leave out --out",
-    ),
-    (
-        args.out and suffix not in (".gif", ".png"),
-        f"--out must end in .gif or .png, not {args.out}",
-    ),
-]
-for condition, sentence in refused:
-    if condition:
-        raise ValueError(sentence)
+if args.pipeline and (len(args.seed) > 1 or suffix != ".png"):
+    raise ValueError(
+        "--pipeline draws one scene; give one --seed and an --out that ends in .png"
+    )
+if args.replay and not args.data:
+    raise ValueError("--replay needs --data, the file to replay")
+if args.data and not args.replay and not args.out:
+    raise ValueError("--data needs --out, a picture of an episode, or --replay")
+if args.data and (args.attention or args.pipeline or args.instruction):
+    raise ValueError("--data is a record; leave out --attention, --pipeline and --instruction")
+if args.out and (args.replay or args.episodes):
+    raise ValueError("--replay and --episodes only count; leave out --out")
+if args.out and suffix not in (".gif", ".png"):
+    raise ValueError(f"--out must end in .gif or .png, not {args.out}")
 
-tasks = task_list(args.tasks) if args.tasks else None
 if args.out:
     args.out.parent.mkdir(parents=True, exist_ok=True)
 size = args.size
@@ -202,7 +183,8 @@ class Scene:
                 "--attention and --pipeline show a policy's pointers from words to "
                 "pictures, and --expert or this checkpoint has none; choose another"
             )
-        self.env = Env(tasks or config.tasks, config.cameras, randomize=args.randomize)
+        tasks = task_list(args.tasks) if args.tasks else config.tasks
+        self.env = Env(tasks, config.cameras, randomize=args.randomize)
         self.camera = RayCamera(self.env.model, "front", size)
 
     def reset(self, seed):

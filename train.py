@@ -22,9 +22,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -35,18 +36,8 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (
-    POLICIES,
-    Config,
-    add_flags,
-    explain_errors,
-    load_file,
-    one_line,
-    save_file,
-    setting,
-    split,
-    tokenize,
-)
+from model import POLICIES, Config, add_flags, code_version, explain_errors, load_file, one_line
+from model import setting, split, tokenize
 
 explain_errors("train.py")
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -88,9 +79,7 @@ class Settings(Config):
     )
     relabel: float = setting(
         1.0,
-        "share of the batch that is shown a second time, with another "
-        "instruction that the scene allows and what the expert would do then; "
-        "their mean counts as much as that of the others",
+        "share of the batch shown again with another instruction and what the expert does then",
         low=0,
         high=1,
         needs=("model", ("vla",)),
@@ -106,39 +95,34 @@ class Settings(Config):
     )
     release_weight: float = setting(
         5.0,
-        "how many times more the gripper's error counts where closed "
-        "fingers should let go of a thing at its place",
+        "times the gripper's error counts where it should let go of a thing at its place",
         low=0,
     )
     # instructions
     word_dropout: float = setting(
         0.1,
-        "share of words that are left out, but for those that carry " "the meaning",
+        "share of words that are left out, but for those that carry the meaning",
         low=0,
         high=1,
         needs=("model", ("vla",)),
     )
     position_gaps: int = setting(
         1,
-        "1: gaps at random between the words, so that their order counts "
-        "and not their places",
+        "1: gaps at random between the words, so that their order counts, not their places",
         (0, 1),
         low=0,
         needs=("text", ("word",)),
     )
     shuffle_names: int = setting(
         1,
-        "1: other colours in the words that are read in their context, so "
-        "that only the pointers' names depend on them",
+        "1: other colours in the words in context; only the pointers' names depend on them",
         (0, 1),
         low=0,
         needs=("text", ("word",)),
     )
     # data and machine
     data: str = setting(
-        "",
-        "demonstrations: a file, or a pattern such as 'shards/*.h5'; made if "
-        "missing (default data/demos.h5, or data/TASKS.h5)",
+        "", "a file or 'shards/*.h5'; made if missing (default data/demos.h5, or data/TASKS.h5)"
     )
     episodes: int = setting(
         0, "how many to make if missing; 0: 3000, or 8000 for all tasks", low=0, high=100_000
@@ -190,48 +174,48 @@ parser = argparse.ArgumentParser(
 )
 add_flags(parser, Settings)
 parser.add_argument(
-    "--out_dir", type=Path, default=Path("out"), help="where results go (default out)"
+    "--out_dir", type=Path, default="out", help="where results go (default out)"
 )
 parser.add_argument("--overwrite", action="store_true", help="replace what is in --out_dir")
 parser.add_argument(
     "--resume",
     type=Path,
     metavar="DIR",
-    help="carry on from what is in DIR, with the "
-    "settings it was started with where nothing else is said",
+    help="carry on from what is in DIR, with the settings it began with unless said otherwise",
 )
+
+
+@contextmanager
+def explained(what):
+    """Whatever goes wrong inside becomes one sentence for the user, `what` and why."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{what}: {one_line(error)}") from None
+
+
 said = vars(parser.parse_args())
-resume, overwrite, out_dir = said.pop("resume"), said.pop("overwrite"), said.pop("out_dir")
-if resume:
-    out_dir = resume
+out_dir, resume, overwrite = said.pop("out_dir"), said.pop("resume"), said.pop("overwrite")
+out_dir = resume or out_dir
 saved = load_file(out_dir / "resume.pt") if resume else {}
 chosen = RECIPES[said.get("recipe", "picovla")] | (BC if said.get("model") == "bc" else {})
-try:
-    chosen = chosen | saved.get("settings", {}) | said  # explicit flags win
+chosen = chosen | saved.get("settings", {}) | said  # explicit flags win
+with explained(f"{out_dir}/resume.pt was begun by another train.py"):
     settings = Settings(**chosen)
-except TypeError as error:
-    raise ValueError(
-        f"{out_dir}/resume.pt was begun by another train.py ({one_line(error)})"
-    ) from None
 settings.max_text = 16 if settings.text == "word" else 96
 settings.check(said)
 if settings.model == "bc":
-    inside = {f.name for f in dataclasses.fields(Config)} - {"model", "tasks", "chunk", "state"}
-    if strange := [flag for flag in said if flag in inside]:
-        raise ValueError(
-            f"--{strange[0]} is about the vla; --model bc has only a state and one action"
-        )
+    inside = vars(Config()).keys() - {"model", "tasks", "chunk", "state"}
+    if strange := inside & said.keys():
+        raise ValueError(f"--{min(strange)} is about the vla; --model bc has only a state")
 if not settings.data:
     names = "_".join(settings.tasks)
     settings.data = f"data/{'demos' if names == 'pick_place' else names}.h5"
-device = settings.device
-if device == "auto":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = "mps" if torch.backends.mps.is_available() else device
-available = dict(
-    cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()
-)
-if not available[device]:
+
+accelerator = torch.accelerator.current_accelerator(check_available=True)
+best = accelerator.type if accelerator else "cpu"
+device = best if settings.device == "auto" else settings.device
+if device not in ("cpu", best):
     raise ValueError(f"--device {device} is not available here; leave it at auto")
 dtype = settings.dtype
 if dtype == "auto":
@@ -242,19 +226,20 @@ torch.use_deterministic_algorithms(device == "cpu", warn_only=True)  # sums in a
 
 
 # ---------------------------------------------------------------------------- demonstrations
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """Frames with their own instruction, and then some of them again with another: R rows in all."""
 
+    # what VLA.forward takes, in its order
     images: torch.Tensor  # (B, V, H, W, 3) uint8
     state: torch.Tensor  # (B, S) float32
     text: torch.Tensor  # (U, L) int64, as words in their context
-    names: torch.Tensor  # (U, L) int64, as bare names
     picture: torch.Tensor  # (R,) which frame
     sentence: torch.Tensor  # (R,) which sentence
+    names: torch.Tensor  # (U, L) int64, as bare names
     target: torch.Tensor  # (R, K, A) the expert's actions
     valid: torch.Tensor  # (R, K) bool: whether they are known
-    weight: torch.Tensor  # (R, K, A) how much they count
+    # what else the losses need
+    weight: torch.Tensor  # (R, K, A) how much the actions count
     goal: torch.Tensor  # (R, G) m, world frame: thing and place
     patch: torch.Tensor  # (R, 2, V') int64: where those two are seen,
     visible: torch.Tensor  # (R, 2, V') in which of the newest pictures
@@ -263,235 +248,165 @@ class Batch:
 class Demonstrations:
     """Everything of the data files in memory, tensors with one row for each of N frames:
 
-    images (N, V', H, W, 3) uint8 of V' cameras; state (N, S); action (N, A); goal (N, G) m; opening
-    (N,) m; start, end, episode (N,): frames of its episode, and which; held_out (N,) bool; request
-    (N,) index of requests; things (N, 2), -1: none; uv (N, V', things, 2), -1: not visible; and
-    relabel_request, relabel_things, relabel_goal, relabel_action: the same of another instruction.
+    images (N, V', H, W, 3) uint8 of V' cameras; state (N, S); opening (N,) m; start, end (N,): frames
+    of its episode; uv (N, V', things, 2), -1: not visible. And by instruction,
+    0: the one that is carried out, 1: another that the scene allows: request (2, N), index of
+    requests; things (2, N, 2), -1: none; goal (2, N, G) m; action (2, N, A). train, valid: which
+    frames are to learn from, and which are of held-out scenes.
+
+    Sets the settings that follow from the files.
     """
 
     CLOSED = 0.055  # m between the fingers: less with a block in them
     THERE = 0.03  # m from its place
 
     def __init__(self, paths, settings, chosen):
-        with ExitStack() as stack:
-            files = [stack.enter_context(h5py.File(path)) for path in paths]
-            attrs = dict(files[0].attrs)
-            for path, file in zip(paths, files):
-                if any(
-                    file.attrs[key] != attrs[key] for key in ("requests", "env_args", "proprio")
-                ):
-                    raise ValueError(
-                        f"{path} was made with other tasks or cameras than {paths[0]}"
-                    )
-            self.requests = json.loads(attrs["requests"])
-            self.tasks = tuple(attrs["tasks"].split(","))
-            recorded = tuple(json.loads(attrs["env_args"])["env_kwargs"]["cameras"])
-            self.cameras = tuple(chosen.get("cameras", recorded))
-            proprio, privileged = attrs["proprio"].split(","), attrs["privileged"].split(",")
-            keys = dict(proprio=proprio, full=proprio + privileged, none=[])
-            self.state_keys = tuple(keys[settings.state])
-            self.gripper = attrs["action_names"].split(",").index("gripper")
-            self._check_choice(settings, chosen, recorded, attrs)
-
-            groups, held_out = [], []
-            for file in files:
-                masked = set(file["mask/valid"][:])
-                for i in range(int(file.attrs["total"])):
-                    groups.append(file[f"episode_{i}"])
-                    held_out.append(f"demo_{i}".encode() in masked)
-            if settings.max_episodes > len(groups):
-                raise ValueError(
-                    f"--max_episodes {settings.max_episodes} is more than the "
-                    f"{len(groups)} of {settings.data}"
-                )
-            groups = groups[: settings.max_episodes or None]
-            self._read(groups, held_out, privileged, settings)
-        self._check_labels(settings)
-
-    def _check_choice(self, settings, chosen, recorded, attrs):
-        """Whether the file holds what is asked of it."""
-        for camera in self.cameras:
-            if camera not in recorded:
-                raise ValueError(
-                    f"--cameras {camera!r} is not in {settings.data}, which has "
-                    f"{', '.join(recorded)}"
-                )
-        wanted = chosen.get("tasks", self.tasks)
-        if tuple(wanted) == ("all",):
+        files = [h5py.File(path) for path in paths]
+        attrs = files[0].attrs
+        for key in ("requests", "env_args", "proprio"):
+            if any(file.attrs[key] != attrs[key] for file in files):
+                raise ValueError("its files were made with different tasks or cameras")
+        self.requests = json.loads(attrs["requests"])
+        self.gripper = attrs["action_names"].split(",").index("gripper")
+        settings.tasks = tuple(attrs["tasks"].split(","))
+        wanted = chosen.get("tasks", settings.tasks)
+        if wanted == ("all",):
             wanted = attrs["all_tasks"].split(",")
-        if set(wanted) != set(self.tasks):
-            raise ValueError(
-                f"{settings.data} holds {', '.join(self.tasks)}, not "
-                f"{', '.join(wanted)}; give another --data"
-            )
+        if set(wanted) != set(settings.tasks):
+            raise ValueError(f"it holds {attrs['tasks']}, not {','.join(wanted)}")
+        recorded = json.loads(attrs["env_args"])["env_kwargs"]["cameras"]
+        settings.cameras = tuple(chosen.get("cameras", recorded))
+        proprio, privileged = attrs["proprio"].split(","), attrs["privileged"].split(",")
+        keys = dict(proprio=proprio, full=proprio + privileged, none=[])
+        settings.state_keys = tuple(keys[settings.state])
+        sentences = [text for request in self.requests for text in request["sentences"]]
+        settings.words = tuple(sorted(set(split(" ".join(sentences)))))
 
-    def _read(self, groups, held_out, privileged, settings):
-        """Reads the arrays of all episodes, after checking that all are of the same kinds."""
-        observed = dict.fromkeys(["gripper", *self.state_keys, *privileged])
-        images = [f"observations/{camera}_image" for camera in self.cameras]
-        uvs = [f"grounding/{camera}_uv" for camera in self.cameras] or ["grounding/things_pos"]
-        names = ["actions", *images, *uvs, *[f"observations/{key}" for key in observed]]
-        names += [f"grounding/relabel{end}" for end in ("", "_things", "_goal", "_action")]
-        size = groups[0][images[0]].shape[2] if images else Config.image_size
-        kinds = {
-            name: (groups[0][name].shape[1:], groups[0][name].dtype.kind) for name in names
-        }
-        for name in images:
-            if kinds[name][1] != "u" or kinds[name][0] != (size, size, 3):
-                raise ValueError(
-                    f"{settings.data}: {name} must be (T, size, size, 3) uint8, not "
-                    f"{groups[0][name].shape} {groups[0][name].dtype}"
-                )
-        lengths = []
-        for group in groups:
-            lengths.append(len(group["actions"]))
-            for name, (shape, kind) in kinds.items():
-                array = group[name]
-                if array.shape != (lengths[-1], *shape) or array.dtype.kind != kind:
-                    raise ValueError(
-                        f"{settings.data}: {name} of {group.name[1:]} is {array.shape} "
-                        f"{array.dtype}, unlike the first episode's"
-                    )
-        N = sum(lengths)
-        self._check_memory(N * (len(images) * size**2 * 3 + 2000), len(groups), settings)
-        self.images = torch.empty(N, len(images), size, size, 3, dtype=torch.uint8)
-        columns = {name: [] for name in names if name not in images}
-        start = 0
-        bar = tqdm(
-            zip(groups, lengths),
-            "loading",
-            len(groups),
-            disable=RANK > 0 or not sys.stderr.isatty(),
-        )
-        for group, n in bar:
-            for v, name in enumerate(images):
-                self.images[start : start + n, v] = torch.from_numpy(group[name][:])
-            for name, column in columns.items():
-                column.append(group[name][:])
-                if column[-1].dtype.kind == "f" and not np.isfinite(column[-1]).all():
-                    raise ValueError(
-                        f"{settings.data}: {name} of {group.name[1:]} is not all finite"
-                    )
-            start += n
-        column = {
-            name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()
-        }
-
-        def joined(keys):
-            return torch.cat(
-                [torch.zeros(N, 0), *[column[f"observations/{key}"] for key in keys]], 1
-            )
-
-        def each(values):
-            """One value an episode, for every frame of it."""
-            return torch.tensor(np.array(values)).repeat_interleave(torch.tensor(lengths), 0)
-
+        episodes, held_out = [], []
+        for file in files:
+            masked = set(file["mask/valid"][:])
+            for i in range(file.attrs["total"]):
+                episodes.append(file[f"episode_{i}"])
+                held_out.append(f"demo_{i}".encode() in masked)
+        if settings.max_episodes > len(episodes):
+            raise ValueError(f"--max_episodes {settings.max_episodes}: it has {len(episodes)}")
+        episodes = episodes[: settings.max_episodes or None]
+        lengths = [len(episode["actions"]) for episode in episodes]
+        self._read(episodes, lengths, privileged, settings)
         ends = np.cumsum(lengths)
-        self.state = joined(self.state_keys)
-        self.goal = joined(privileged)
-        self.action = column["actions"]
-        self.opening = column["observations/gripper"][:, 0]
-        self.start = each(ends - lengths)
-        self.end = each(ends)
-        self.episode = each(np.arange(len(groups)))
-        self.held_out = each(held_out[: len(groups)])
-        self.request = each([int(group.attrs["request"]) for group in groups])
-        self.things = each([group.attrs["things"].astype(np.int64) for group in groups])
-        self.relabel_request = column["grounding/relabel"].long()
-        self.relabel_things = column["grounding/relabel_things"].long()
-        self.relabel_goal = column["grounding/relabel_goal"]
-        self.relabel_action = column["grounding/relabel_action"]
-        self.uv = torch.stack([column[name][..., :2] for name in uvs], 1)  # (N, V', things, 2)
-
-    def _check_memory(self, need, episodes, settings):
-        try:
-            text = Path("/proc/meminfo").read_text()  # Linux only
-            free = int(re.search(r"MemAvailable: *(\d+)", text)[1]) * 1024
-        except (OSError, TypeError):
-            return
-        if need > free:
+        self.end = torch.from_numpy(np.repeat(ends, lengths))
+        self.start = torch.from_numpy(np.repeat(ends - lengths, lengths))
+        held_out = np.repeat(held_out[: len(lengths)], lengths)
+        self.train, self.valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        if not len(self.train) or not len(self.valid):
             raise ValueError(
-                f"{settings.data} needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB "
-                f"are free; --max_episodes {int(episodes * free / need)} needs less"
+                "it is too small: it must have scenes to train on and held-out ones"
             )
 
-    def _check_labels(self, settings):
-        """Whether every index points at something and every action is one."""
-        ranges = [
-            ("actions", self.action, -1, 1),
-            ("relabel_action", self.relabel_action, -1, 1),
-            ("request", self.request, 0, len(self.requests) - 1),
-            ("relabel", self.relabel_request, 0, len(self.requests) - 1),
-            ("things", self.things, -1, self.uv.shape[2] - 1),
-            ("relabel_things", self.relabel_things, -1, self.uv.shape[2] - 1),
-        ]
-        for name, values, low, high in ranges:
-            wrong = (values < low) | (values > high)
-            if wrong.any():
-                episode = self.episode[wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong][0]
-                raise ValueError(
-                    f"{settings.data}: {name} of episode_{episode} is not all from {low} to "
-                    f"{high}"
+    def _read(self, episodes, lengths, privileged, settings):
+        """Reads and checks the arrays of all episodes, of so many frames each."""
+        N = sum(lengths)
+        images = [f"observations/{camera}_image" for camera in settings.cameras]
+        uvs = [f"grounding/{camera}_uv" for camera in settings.cameras]
+        size = episodes[0][images[0]].shape[2] if images else Config.image_size
+        need = N * (len(images) * size**2 * 3 + 2000)
+        meminfo = Path("/proc/meminfo")
+        if meminfo.exists():  # Linux only
+            free = int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1]) * 1024
+            if need > free:
+                raise MemoryError(
+                    f"{settings.data} needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB "
+                    "are free; --max_episodes needs less"
                 )
-        for part, frames in (
-            ("train on", ~self.held_out),
-            ("validate on, of another scene", self.held_out),
-        ):
-            if not frames.any():
-                raise ValueError(f"{settings.data} is too small: it has no episode to {part}")
 
-    def batch(self, frames, relabelled, wordings, sides, config, release_weight, rng):
-        """The Batch of `frames` (B,) int64, of which the first `relabelled` are shown again with
-        another instruction. sides: patches across in each view."""
+        def arrays(name, dtype=torch.float32, low=-1e30, high=1e30):
+            """This array (T, ...) of each episode; an attribute is the same in all its frames."""
+            bar = tqdm(episodes, name, leave=False, disable=None)  # None: no terminal
+            for episode, T in zip(bar, lengths):
+                there = name in episode
+                array = episode[name][:] if there else np.array([episode.attrs[name]] * T)
+                array = torch.from_numpy(array)
+                fits = len(array) == T and torch.can_cast(array.dtype, dtype)
+                array = array.to(dtype)
+                if not fits or not torch.equal(array.clamp(low, high), array):  # nor is nan
+                    raise ValueError(
+                        f"{name} of {episode.name[1:]} is not {T} {dtype} from {low} to {high}"
+                    )
+                yield array
+
+        def read(names, *kind):
+            return [torch.cat(list(arrays(name, *kind))) for name in names]
+
+        def observed(keys):
+            columns = read([f"observations/{key}" for key in keys])
+            return torch.cat([torch.zeros(N, 0), *columns], 1)
+
+        self.images = torch.empty(N, len(images), size, size, 3, dtype=torch.uint8)
+        for v, name in enumerate(images):  # in place: they are large
+            places = self.images[:, v].split(lengths)
+            for place, array in zip(places, arrays(name, torch.uint8, 0, 255)):
+                place.copy_(array)
+        uv = read(uvs or ["grounding/things_pos"])
+        self.uv = torch.stack(uv, 1)[..., :2]
+        self.state, self.opening = observed(settings.state_keys), observed(["gripper"])[:, 0]
+        self.goal = torch.stack([observed(privileged), *read(["grounding/relabel_goal"])])
+        action = ["actions", "grounding/relabel_action"]
+        self.action = torch.stack(read(action, torch.float32, -1, 1))
+        request = ["request", "grounding/relabel"]
+        self.request = torch.stack(read(request, torch.int64, 0, len(self.requests) - 1))
+        things = ["things", "grounding/relabel_things"]
+        self.things = torch.stack(read(things, torch.int64, -1, uv[0].shape[1] - 1))
+        settings.state_size, settings.goal_size = self.state.shape[1], self.goal.shape[2]
+        settings.action_size, settings.image_size = self.action.shape[2], size
+
+    def batch(self, frames, wordings, sides, settings, rng):
+        """The Batch of `frames` (B,) int64, of which the first ones are shown again with another
+        instruction. sides: patches across in each view."""
         B = len(frames)
-        again = frames[:relabelled]
-        rows = torch.cat([frames, again])
-        requests = torch.cat([self.request[frames], self.relabel_request[again]])
-        distinct, sentence = requests.unique(return_inverse=True)
+        relabelled = int(settings.relabel * B) if settings.model == "vla" else 0
+        row = torch.arange(B + relabelled)
+        picture, instruction = row % B, row // B
+        rows = frames[picture]
+        at = instruction, rows
+        distinct, sentence = self.request[at].unique(return_inverse=True)
         text, names = wordings.draw(distinct.tolist(), rng)
-        moments = [
-            torch.maximum(frames - age, self.start[frames]) for age in range(config.frames)
-        ]
-
-        ahead = frames[:, None] + torch.arange(config.chunk)
-        inside = ahead < self.end[frames, None]  # nothing is known beyond the episode
-        target = self.action[ahead.clamp_max(len(self.action) - 1)] * inside[..., None]
-        known = torch.zeros(relabelled, config.chunk, dtype=torch.bool)
-        known[:, 0] = True  # of the other instruction, one action
-        other = self.relabel_action[again][:, None] * known[..., None]
-        target, valid = torch.cat([target, other]), torch.cat([inside, known])
-        goal = torch.cat([self.goal[frames], self.relabel_goal[again]])
+        moments = frames[:, None] - torch.arange(settings.frames)  # newest first
+        moments = moments.maximum(self.start[frames, None])
+        ahead = rows[:, None] + torch.arange(settings.chunk)
+        valid = ahead < self.end[rows, None]  # nothing is known beyond the episode
+        valid[B:, 1:] = False  # of the other instruction, one action
+        ahead = ahead.clamp_max(len(self.end) - 1)
+        target = self.action[instruction[:, None], ahead] * valid[..., None]
 
         # Letting go takes a step, being about to takes many; with little to tell them apart, a policy
         # of median actions stays closed for ever. So there the gripper counts more.
-        half = goal.shape[1] // 2
-        there = (goal[:, :half] - goal[:, half:]).norm(dim=1) < self.THERE
-        release = there & (self.opening[rows] < self.CLOSED)
+        goal = self.goal[at]
+        thing, place = goal.chunk(2, 1)
+        release = (thing - place).norm(dim=1) < self.THERE
+        release &= self.opening[rows] < self.CLOSED
         opens = target[..., self.gripper] > 0
         weight = torch.ones_like(target)
-        weight[..., self.gripper][release[:, None] & opens] = release_weight
+        weight[..., self.gripper][release[:, None] & opens] = settings.release_weight
 
-        things = torch.cat([self.things[frames], self.relabel_things[again]])  # (R, 2)
+        things = self.things[at]  # (R, 2)
         # of thing and place in each picture (R, 2, V', 2): x, y or -1; "no thing", -1, is masked
         uv = self.uv[rows[:, None], :, things]
-        visible = (uv[..., 0] >= 0) & (things >= 0)[..., None]
         side = torch.tensor(sides[: uv.shape[2]])
-        first = torch.cat([torch.zeros(1, dtype=torch.long), (side**2).cumsum(0)[:-1]])
+        first = (side**2).cumsum(0) - side**2
         cell = (uv * side[:, None]).long().clamp_min(0).minimum(side[:, None] - 1)
-        patch = first + cell[..., 1] * side + cell[..., 0]
         tensors = dict(
-            images=torch.cat([self.images[moment] for moment in moments], 1),  # newest first
+            images=self.images[moments].flatten(1, 2),
             state=self.state[frames],
             text=text,
             names=names,
-            picture=torch.cat([torch.arange(B), torch.arange(relabelled)]),
+            picture=picture,
             sentence=sentence,
             target=target,
             valid=valid,
             weight=weight,
             goal=goal,
-            patch=patch,
-            visible=visible,
+            patch=first + cell[..., 1] * side + cell[..., 0],
+            visible=(uv[..., 0] >= 0) & (things >= 0)[..., None],
         )
         return Batch(**{name: tensor.to(device) for name, tensor in tensors.items()})
 
@@ -499,53 +414,53 @@ class Demonstrations:
 class Wordings:
     """The sentences of each request as tokens, and how training varies them."""
 
-    def __init__(self, requests, config, settings):
+    def __init__(self, requests, settings):
         self.settings = settings
         self.tokens = [
-            torch.stack([tokenize(sentence, config) for sentence in request["sentences"]])
+            torch.stack([tokenize(sentence, settings) for sentence in request["sentences"]])
             for request in requests
         ]
-        self.size = 1 + max(int(tokens.max()) for tokens in self.tokens)
-        number = {word: i + 1 for i, word in enumerate(config.words)}
-        meaning, names = set(), set()  # words
+        meaning, names = set(), set()  # words that tell requests apart; names of things
         for task in {request["task"] for request in requests}:
             mine = [
-                {word for sentence in request["sentences"] for word in split(sentence)}
+                set(split(" ".join(request["sentences"])))
                 for request in requests
                 if request["task"] == task
             ]
-            meaning |= set.union(*mine) - set.intersection(*mine)  # what tells requests apart
+            meaning |= set.union(*mine) - set.intersection(*mine)
         for request in requests:
-            names |= {
-                word
-                for slot, word in request["slots"].items()
-                if slot in ("block", "pad", "lower")
-            }
-        self.is_word = config.text == "word"  # characters are neither moved nor left out
-        self.meaning = torch.tensor([number[word] for word in config.words if word in meaning])
-        if not self.is_word:
-            self.meaning = torch.arange(self.size)
-        self.names = torch.tensor([number[word] for word in config.words if word in names])
+            names |= {request["slots"].get(slot) for slot in ("block", "pad", "lower")}
+
+        def numbers(words):
+            return torch.tensor(
+                [i + 1 for i, word in enumerate(settings.words) if word in words]
+            )
+
+        self.meaning, self.names = numbers(meaning), numbers(names)
 
     def draw(self, requests, rng):
         """Text and names (U, L) for the distinct requests, each worded in one way: as words in their
         context, some of them left out and with other colours, and as they are; both with gaps.
+        Characters are left as they are.
 
         Words left out teach other wordings than those of the file. So do gaps: a longer sentence has
         words at places where there was never one (randomized positions, arXiv:2305.16843)."""
+        settings = self.settings
         names = []
         for request in requests:
             choice = self.tokens[request]
             names.append(choice[rng.integers(len(choice))])
+        if settings.text == "char":
+            return torch.stack(names), torch.stack(names)
+        if settings.position_gaps:
+            names = [self._with_gaps(sentence, rng) for sentence in names]
         names = torch.stack(names)
-        if self.is_word and self.settings.position_gaps:
-            names = torch.stack([self._with_gaps(sentence, rng) for sentence in names])
-        keep = torch.from_numpy(rng.random(names.shape) >= self.settings.word_dropout)
+        keep = torch.from_numpy(rng.random(names.shape) >= settings.word_dropout)
         keep |= torch.isin(names, self.meaning)
         text = names.clone()
-        if self.is_word and self.settings.pointers and self.settings.shuffle_names:
+        if settings.pointers and settings.shuffle_names:
             for row in text:
-                other = torch.arange(self.size)
+                other = torch.arange(len(settings.words) + 1)
                 other[self.names] = self.names[rng.permutation(len(self.names))]
                 row[:] = other[row]
         return text * keep, names
@@ -568,16 +483,7 @@ def compute_losses(net, batch, model):
         error = (net(batch.state) - batch.target).abs()
     else:
         with autocast:
-            error, goal, attention = net(
-                batch.images,
-                batch.state,
-                batch.text,
-                batch.picture,
-                batch.sentence,
-                batch.names,
-                batch.target,
-                batch.valid,
-            )
+            error, goal, attention = net(*batch[:8])
     error = (error.float() * batch.weight).mean(-1) * batch.valid  # (R, K)
     B, R = len(batch.state), len(batch.target)
     action = error[:B].sum() / batch.valid[:B].sum() + error[B:].sum() / max(R - B, 1)
@@ -602,8 +508,10 @@ class Muon(torch.optim.Optimizer):
     github.com/KellerJordan/Muon), in fp32 and all matrices of a shape at once: torch.optim.Muon
     computes in bf16, 1.2 s a step on a CPU without bf16 units."""
 
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    MOMENTUM = 0.95
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
 
     @torch.no_grad()
     def step(self):
@@ -612,8 +520,8 @@ class Muon(torch.optim.Optimizer):
                 params = [p for p in group["params"] if p.shape == shape]
                 g = torch.stack([p.grad for p in params])
                 buffer = self.state[params[0]].setdefault("momentum", torch.zeros_like(g))
-                buffer.lerp_(g, 1 - group["momentum"])
-                g = g.lerp(buffer, group["momentum"])  # Nesterov
+                buffer.lerp_(g, 1 - self.MOMENTUM)
+                g = g.lerp(buffer, self.MOMENTUM)  # Nesterov
                 tall = shape[0] > shape[1]
                 x = g.mT if tall else g
                 x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -631,10 +539,8 @@ def make_optimizers(model, settings):
     inner = (".q.", ".kv.", ".out.", ".up.", ".down.", "pointers.query", "pointers.key")
     matrices, others = [], []
     for name, p in model.named_parameters():
-        muon = (
-            settings.optimizer == "muon" and p.ndim == 2 and any(part in name for part in inner)
-        )
-        (matrices if muon else others).append(p)
+        inside = p.ndim == 2 and any(part in name for part in inner)
+        (matrices if inside and settings.optimizer == "muon" else others).append(p)
     optimizers = [
         torch.optim.AdamW(others, settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.01)
     ]
@@ -649,151 +555,100 @@ def schedule(step, steps):
 
 
 # ------------------------------------------------------------------------------- preparation
-paths = {name: out_dir / name for name in ("ckpt.pt", "resume.pt", "log.jsonl", "curve.png")}
-for path in (paths["ckpt.pt"], paths["resume.pt"]):
-    if path.exists() and not resume and not overwrite and RANK == 0:
-        raise ValueError(
-            f"{path} exists; --resume {out_dir} carries on from it, --overwrite replaces "
-            "it, --out_dir goes elsewhere"
-        )
+def run(script, *flags):
+    """Runs another script of this repository; returns its exit status."""
+    return subprocess.run([sys.executable, ROOT / script, *flags]).returncode
+
+
+ckpt, resume_pt = out_dir / "ckpt.pt", out_dir / "resume.pt"
+log, curve = out_dir / "log.jsonl", out_dir / "curve.png"
+if ckpt.exists() and not resume and not overwrite:
+    raise ValueError(
+        f"{ckpt} exists; --resume {out_dir} carries on from it, --overwrite replaces it, "
+        "--out_dir goes elsewhere"
+    )
 out_dir.mkdir(parents=True, exist_ok=True)
-(out_dir / f"rank{RANK}").touch()  # can we write here?
-(out_dir / f"rank{RANK}").unlink()
+if RANK > 0:  # only the first prints
+    sys.stdout = open(os.devnull, "w")
 if RANKS > 1:
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # only the first prints
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-clock = time.time()
-files = [settings.data] if Path(settings.data).exists() else sorted(glob.glob(settings.data))
+    dist.init_process_group()
+start = time.time()
+files = sorted(glob.glob(settings.data))
 if not files:
     if RANKS > 1 or glob.has_magic(settings.data):
         raise ValueError(f"there is no {settings.data}; gen_data.py makes demonstrations")
-    if missing := set(chosen.get("cameras", ())) - set(Config.cameras):
-        raise ValueError(
-            f"{settings.data} is not there, and would be made without camera "
-            f"{min(missing)}; make it with gen_data.py --cameras"
-        )
     episodes = settings.episodes or (3000 if settings.tasks == Config.tasks else 8000)
     print(
         f"{settings.data} is not there: making {episodes} demonstrations, about "
         f"{max(1, round(episodes / 1000))} minutes on 2 cores",
         flush=True,
     )
-    command = [
-        "--episodes",
-        str(episodes),
-        "--out",
-        settings.data,
-        "--tasks",
-        ",".join(settings.tasks),
-    ]
-    made = subprocess.run([sys.executable, str(ROOT / "gen_data.py"), *command])
-    if made.returncode:
-        sys.exit(made.returncode)
+    failed = run(
+        "gen_data.py",
+        f"--episodes={episodes}",
+        f"--out={settings.data}",
+        f"--tasks={','.join(settings.tasks)}",
+        f"--cameras={','.join(dict.fromkeys(Config.cameras + settings.cameras))}",
+    )
+    if failed:
+        sys.exit(failed)
     files = [settings.data]
-data_minutes = (time.time() - clock) / 60
-try:
+data_minutes = (time.time() - start) / 60
+with explained(f"{settings.data} cannot be used"):
     demos = Demonstrations(files, settings, chosen)
-except (
-    OSError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    json.JSONDecodeError,
-) as error:
-    raise ValueError(
-        f"{settings.data} cannot be used ({one_line(error)}); give another --data, or move "
-        "it away and have one made"
-    ) from None
-train_frames = np.flatnonzero(~demos.held_out.numpy())
-valid_frames = np.flatnonzero(demos.held_out.numpy())
-vocabulary = {
-    word for request in demos.requests for s in request["sentences"] for word in split(s)
-}
-settings = dataclasses.replace(
-    settings,
-    tasks=demos.tasks,
-    cameras=demos.cameras,
-    words=tuple(sorted(vocabulary)),
-    state_keys=demos.state_keys,
-    state_size=demos.state.shape[1],
-    goal_size=demos.goal.shape[1],
-    action_size=demos.action.shape[1],
-    image_size=demos.images.shape[2],
-)
 settings.check()
-config = Config(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Config)})
-wordings = Wordings(demos.requests, config, settings)
+config = Config(**{name: getattr(settings, name) for name in vars(Config())})
+wordings = Wordings(demos.requests, settings)
 
 torch.manual_seed(settings.seed)
 model = POLICIES[config.model](config)
-some = train_frames[::97]
-pictures = demos.images[some].float()  # (n, V, H, W, 3)
-if config.state_size:  # statistics of training frames alone
-    model.state_mean.copy_(demos.state[train_frames].mean(0))
-    model.state_std.copy_(demos.state[train_frames].std(0) + 1e-3)
+state = demos.state[demos.train]  # statistics of training frames alone
+model.state_mean.copy_(state.mean(0))
+model.state_std.copy_(state.std(0) + 1e-3)
 if config.model == "vla":
-    model.goal_mean.copy_(demos.goal[train_frames].mean(0))
-    model.goal_std.copy_(demos.goal[train_frames].std(0) + 1e-3)
-    pixels = len(some) * config.image_size**2
-    mean = pictures.sum((0, 2, 3)) / pixels  # (V, 3)
-    std = ((pictures - mean[:, None, None]).square().sum((0, 2, 3)) / pixels).sqrt()
-    model.vision.image_mean.copy_(mean[:, None, None].repeat(config.frames, 1, 1, 1))
-    model.vision.image_std.copy_(std[:, None, None].repeat(config.frames, 1, 1, 1))
+    goal = demos.goal[0, demos.train]
+    model.goal_mean.copy_(goal.mean(0))
+    model.goal_std.copy_(goal.std(0) + 1e-3)
+    pictures = demos.images[demos.train[::97]].float()  # (n, V, H, W, 3)
+    mean = pictures.mean((0, 2, 3), keepdim=True)  # (1, V, 1, 1, 3)
+    std = (pictures - mean).square().mean((0, 2, 3), keepdim=True).sqrt()
+    model.vision.image_mean.copy_(mean[0].repeat(config.frames, 1, 1, 1))
+    model.vision.image_std.copy_(std[0].repeat(config.frames, 1, 1, 1))
+sides = model.vision.sides if config.model == "vla" else [1]
 model.to(device)
 net = DistributedDataParallel(model) if RANKS > 1 else model
 if settings.compile:
     net = torch.compile(net)
 optimizers = make_optimizers(model, settings)
-sides = model.vision.sides if config.model == "vla" else [1]
 weights = dict(action=1.0, goal=settings.goal_weight, attention=settings.attention_weight)
-content = [
-    getattr(demos, name).numpy().tobytes()
-    for name in ("action", "state", "request", "goal", "uv")
-]
-content = b"".join(content) + str(int(pictures.sum())).encode()
-commit = subprocess.run(
-    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-)
+
+digest = hashlib.sha256()
+for x in (demos.images[::97], demos.action, demos.request, demos.goal):
+    digest.update(x.numpy().tobytes())
 fingerprint = dict(
     torch=str(torch.__version__),
-    numpy=np.__version__,
-    h5py=h5py.__version__,
     cpu=torch.backends.cpu.get_cpu_capability(),
     threads=torch.get_num_threads(),
-    commit=commit.stdout.strip() or "unknown",
-    data=hashlib.sha256(content).hexdigest()[:12],
+    commit=code_version(),
+    data=digest.hexdigest()[:12],
 )
 first_step, history = 0, []  # lines of the log
 if resume:
-    try:
-        if saved["config"] != dataclasses.asdict(config):
-            raise ValueError(
-                "it is of another configuration; resume with the flags it began with"
-            )
-        if saved["fingerprint"]["data"] != fingerprint["data"]:
-            raise ValueError(f"it was trained on other demonstrations than {settings.data}")
+    with explained(f"cannot resume from {resume_pt}"):
+        same = saved["fingerprint"]["data"] == fingerprint["data"]
+        if saved["config"] != dataclasses.asdict(config) or not same:
+            raise ValueError("it is of another configuration or of other demonstrations")
         model.load_state_dict(saved["weights"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        first_step = int(saved["step"])
-        history = [dict(line) for line in saved["history"]]
-        if settings.steps < first_step:
-            raise ValueError(f"it is at step {first_step} already; --steps must not be less")
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"cannot resume from {paths['resume.pt']}: {one_line(error)}"
-        ) from None
+        first_step, history = saved["step"], saved["history"]
 print(", ".join(f"{key} {value}" for key, value in fingerprint.items()))
 print(
-    f"{settings.data}: {len(train_frames)} frames to train on, {len(valid_frames)} held out, of "
-    f"{', '.join(config.tasks)}"
-)
-print(
-    f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, {dtype}, "
-    f"{torch.get_num_threads()} threads",
+    f"{settings.data}: {len(demos.train)} frames to train on, {len(demos.valid)} held out, of "
+    f"{', '.join(config.tasks)}\n{config.model}: "
+    f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}, {dtype}",
     flush=True,
 )
 
@@ -801,8 +656,7 @@ print(
 def draw(frames, rng):
     """This process's share of a batch of `frames`, see Demonstrations.batch."""
     mine = torch.from_numpy(frames[RANK::RANKS])
-    relabelled = int(settings.relabel * len(mine)) if config.model == "vla" else 0
-    return demos.batch(mine, relabelled, wordings, sides, config, settings.release_weight, rng)
+    return demos.batch(mine, wordings, sides, settings, rng)
 
 
 def average(value):
@@ -815,26 +669,19 @@ def average(value):
 @torch.no_grad()
 def validate():
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    frames = rng.choice(valid_frames, min(512, len(valid_frames)), replace=False)
+    frames = np.random.default_rng(0).choice(
+        demos.valid, min(512, len(demos.valid)), replace=False
+    )
     terms = compute_losses(model, draw(frames, np.random.default_rng(0)), model)
-    return {name: average(value) for name, value in terms.items()}
+    return {f"val_{name}": average(value) for name, value in terms.items()}
 
 
 def save(step):
     if RANK == 0:
         about = dict(step=step, settings=chosen, fingerprint=fingerprint)
-        model.save(paths["ckpt.pt"], **about)
-        save_file(
-            paths["resume.pt"],
-            dict(
-                about,
-                history=history,
-                config=dataclasses.asdict(config),
-                weights=model.state_dict(),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            ),
-        )
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        model.save(ckpt, **about)
+        model.save(resume_pt, **about, history=history, optimizers=states)
 
 
 # ---------------------------------------------------------------------------------- the loop
@@ -842,20 +689,16 @@ stopping = []  # Ctrl-C is heeded between steps
 for kind in (signal.SIGINT, signal.SIGTERM):
     signal.signal(kind, lambda *_: os._exit(130) if stopping else stopping.append(True))
 began, measured = time.time(), first_step
-for step in tqdm(
-    range(first_step, settings.steps),
-    initial=first_step,
-    total=settings.steps,
-    disable=RANK > 0 or not sys.stderr.isatty(),
-):
+bar = tqdm(range(first_step, settings.steps), disable=RANK > 0 or None)  # None: no terminal
+for step in bar:
     rng = np.random.default_rng([settings.seed, step])  # a batch is a function of seed and step
     torch.manual_seed(1_000_000 * settings.seed + step + 10**12 * RANK)
-    batch = draw(rng.choice(train_frames, settings.batch_size), rng)
+    batch = draw(rng.choice(demos.train, settings.batch_size), rng)
     terms = compute_losses(net, batch, model)
     loss = sum(weights[name] * value for name, value in terms.items())
     if not torch.isfinite(loss):
         raise ValueError(
-            f"the loss is {loss.item()} at step {step + 1}; {paths['ckpt.pt']} is as it was. "
+            f"the loss is {loss.item()} at step {step + 1}; {ckpt} is as it was. "
             "Lower --lr and --adam_lr, or look at the data"
         )
     loss.backward()
@@ -866,40 +709,21 @@ for step in tqdm(
         optimizer.zero_grad()
 
     done = step + 1
-    if done % settings.log_interval == 0 or done == settings.steps:
-        ms = (time.time() - began) / (done - measured) * 1e3
-        losses = {f"val_{name}": value for name, value in validate().items()}
-        history.append(
-            dict(
-                step=done,
-                loss=average(loss.detach()),
-                **losses,
-                ms_per_step=ms,
-                lr=optimizers[-1].param_groups[0]["lr"],
-                samples_per_s=settings.batch_size / ms * 1e3,
-            )
-        )
+    last = done == settings.steps
+    if done % settings.log_interval == 0 or last:
+        seconds = (time.time() - began) / (done - measured)
+        losses = dict(loss=average(loss.detach()), **validate())
+        lr, speed = optimizers[-1].param_groups[0]["lr"], settings.batch_size / seconds
+        history.append(dict(step=done, **losses, lr=lr, samples_per_s=speed))
         if RANK == 0:
-            lines = [json.dumps(line) + "\n" for line in history]
-            paths["log.jsonl"].write_text("".join(lines))
-        print(
-            f"step {done:5d}  loss {history[-1]['loss']:.4f}  "
-            + "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            + f"  {ms:.0f} ms/step",
-            flush=True,
-        )
+            log.write_text("".join(json.dumps(line) + "\n" for line in history))
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        print(f"step {done:5d}  {shown}  {seconds * 1e3:.0f} ms/step", flush=True)
         began, measured = time.time(), done
-    stop = bool(
-        average(torch.tensor(float(len(stopping)), device=device))
-    )  # all of them stop together
-    if (
-        stop
-        or done == settings.steps
-        or settings.eval_interval
-        and done % settings.eval_interval == 0
-    ):
+    stop = average(torch.tensor(float(len(stopping)), device=device))  # all of them together
+    if stop or last or settings.eval_interval and done % settings.eval_interval == 0:
         save(done)
-    if stop and done < settings.steps:
+    if stop and not last:
         print(
             f"stopped after {done} steps; python train.py --resume {shlex.quote(str(out_dir))} "
             "carries on",
@@ -912,36 +736,19 @@ if RANK > 0:
     sys.exit()
 
 # ---------------------------------------------------------------------------- curve and score
-for kind in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(kind, signal.SIG_DFL)
 figure = Figure(figsize=(6, 3.5), layout="constrained")  # no pyplot: draws without a display
 axes = figure.subplots()
 steps = [line["step"] for line in history]
-axes.plot(steps, [line["loss"] for line in history], label="training loss (all terms)")
-axes.plot(steps, [line["val_action"] for line in history], label="action term, held-out scenes")
-axes.set_yscale("log")
-axes.set_xlabel("step")
+for name in ("loss", "val_action"):  # all terms, and the actions on held-out scenes
+    axes.plot(steps, [line[name] for line in history], label=name)
+axes.set(yscale="log", xlabel="step")
 axes.legend()
-axes.grid(alpha=0.3)
-figure.savefig(paths["curve.png"], dpi=110)
-minutes = (time.time() - clock) / 60 - data_minutes
+figure.savefig(curve, dpi=110)
 print(
-    f"{paths['ckpt.pt']}, {paths['log.jsonl']}, {paths['curve.png']}; data {data_minutes:.1f} min, "
-    f"training {minutes:.1f} min",
+    f"{ckpt}, {log}, {curve}; data {data_minutes:.1f} min, "
+    f"training {(time.time() - start) / 60 - data_minutes:.1f} min",
     flush=True,
 )
 if settings.eval_interval:
-    sys.exit(
-        subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "eval.py"),
-                "--ckpt",
-                str(paths["ckpt.pt"]),
-                "--seed",
-                "0",
-                "--episodes",
-                str(settings.eval_episodes),
-            ]
-        ).returncode
-    )
+    episodes = f"--episodes={settings.eval_episodes}"
+    sys.exit(run("eval.py", "--ckpt", ckpt, "--seed=0", episodes))

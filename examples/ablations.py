@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from eval import percent
 from gen_data import number
+from measure import latency
 from model import VLA, explain_errors
 
 
@@ -86,17 +87,18 @@ def main():
     for flags, folder in folders.items():
         train(folder, shlex.split(flags))
         run("eval.py", "--ckpt", str(folder / "ckpt.pt"), "--seed", "0", "--episodes",
-            str(args.episodes), "--latency", "--out", str(folder / "eval.json"))
+            str(args.episodes), "--out", str(folder / "eval.json"))
 
     print("| settings | success | parameters | samples/s | forward pass |")
     print("| --- | --- | --- | --- | --- |")
     for name, flags in settings.items():
         folder = folders[shlex.join(flags)]
         row = json.loads((folder / "eval.json").read_text())["rows"][-1]
-        size = sum(p.numel() for p in VLA.load(folder / "ckpt.pt").parameters())
+        model = VLA.load(folder / "ckpt.pt")
+        size = sum(p.numel() for p in model.parameters())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         speed = np.median([entry["samples_per_s"] for entry in log if "samples_per_s" in entry])
-        p50, _ = row["latency_ms"]
+        p50, _ = latency(model, seed=0)
         print(f"| {name} | {percent(row['k'], row['n'])} | {size:,} | {speed:.0f} | {p50:.1f} ms |")
 
 
