@@ -5,7 +5,7 @@ seen. Times are for 2 CPU cores.
     python eval.py --policies expert,random,policy --controls   # beside ceiling and floor, 4 min
     python eval.py --episodes 500 --out results.json            # the figure to report, 1 min
     python eval.py --split phrasing                             # in words never used in training
-    python eval.py --instructions mine.txt                      # in yours: lines task<TAB>sentence
+    python eval.py --instructions assets/paraphrases.tsv        # in other people's, or yours
 
 --controls plays the same scenes again with something wrong:
 
@@ -38,6 +38,7 @@ from gen_data import (
     FACTORS,
     GUARDS,
     HELD_OUT,
+    NAMES,
     SLOTS,
     SPLITS,
     SUCCESS_STEPS,
@@ -47,14 +48,12 @@ from gen_data import (
     Env,
     choose,
     expert,
-    fill,
     is_held_out,
     make_instruction,
     number,
-    parse_instruction,
     task_list,
 )
-from model import VLA, Policy, code_version, explain_errors, tokenize
+from model import VLA, Policy, code_version, explain_errors
 
 CONTROLS = ("blind", "blind_shuffled", "deaf", "deaf_shuffled", "swap", "retarget")
 SEED_RANGES = dict(  # where each range of scene seeds begins
@@ -71,6 +70,7 @@ COUNTS = dict(  # in a row: how often this is so in its episodes' results
     after_done_n="after_done",
     violations="violations",
     diverged="diverged",
+    declined="declined",
     wrong_first="wrong_first",
     untouched="untouched",
 )
@@ -113,7 +113,6 @@ def read_settings():
     add(
         "--episodes",
         type=number(int, 1, 1_000_000),
-        default=100,
         help="scenes, shared among the tasks (default 100)",
     )
     add(
@@ -136,8 +135,9 @@ def read_settings():
     add(
         "--instructions",
         type=Path,
-        help="file of lines task<TAB>sentence, each to be scored on --episodes scenes, with "
-        "{block} {pad} {lower} {direction} {towards} {way}",
+        help="file of lines task<TAB>sentence[<TAB>direction or way], with {block} {pad} {lower} for "
+        "names; each is told in --episodes scenes (default 1), beside the scenes' own sentences; with "
+        "the task none: how many are declined",
     )
     add(
         "--randomize",
@@ -159,6 +159,7 @@ def read_settings():
         help="a .json file for the results; beside it a .jsonl with one line per episode",
     )
     args = parser.parse_args()
+    args.episodes = args.episodes or (1 if args.instructions else 100)
     args.range, end = map(range_of, (args.seed, args.seed + args.episodes - 1))
     if end != args.range:
         raise ValueError(
@@ -186,27 +187,28 @@ def range_of(seed):
     return [name for name, first in SEED_RANGES.items() if seed >= first][-1]
 
 
-def read_instructions(path, model):
-    """[(task, pattern, slots that it says in plain words), ..] of lines of task<TAB>pattern, as far
-    as the model knows their words."""
+def read_instructions(path):
+    """[(task, sentence with {names} left open, its other slots), ..] of lines of task<TAB>sentence, and
+    a word if the task has a slot that is not a name."""
     found = []
     for line in filter(str.strip, path.read_text(encoding="utf-8-sig").splitlines()):
-        task, _, pattern = line.strip().partition("\t")
-        choose([task], TASKS, f"{path}: before the tab,")
-        slots = TASKS[task].slots
-        try:
-            examples = [fill(pattern, {slot: SLOTS[slot][i] for slot in slots}) for i in (0, 1)]
-            one, other = [parse_instruction(example)[1] for example in examples]
-        except (ValueError, KeyError, IndexError):
+        task, *rest = line.split("\t")
+        slots = TASKS[task].slots if task in TASKS else ()
+        other = [slot for slot in slots if slot not in NAMES]
+        words = dict(zip(other, rest[1:]))
+        named = (
+            all("{%s}" % slot in rest[0] for slot in slots if slot in NAMES) if rest else False
+        )
+        said = all(words.get(slot) in SLOTS[slot] for slot in other)
+        if task not in (*TASKS, "none") or not named or not said:
+            needed = " ".join("{%s}" % slot for slot in slots)
             raise ValueError(
-                f"{path}: {pattern!r} should be like {TASKS[task].sentences[0]!r}, or have plain "
-                f"words in place of the braces"
+                f"{path}: {line!r} should be a task, a tab, a sentence with its names in braces, and for "
+                f"push and drawer a tab and the direction or way ({needed})"
             )
-        try:
-            tokenize(examples[0], model.config)
-            found.append((task, pattern, dict(one.items() & other.items())))
-        except ValueError as error:
-            print(f"{task}: {pattern}: not understood: {error}")
+        found.append((task, rest[0], words))
+    if not found:
+        raise ValueError(f"{path} is empty; give lines of a task, a tab and a sentence")
     return found
 
 
@@ -220,7 +222,7 @@ class Run:
     scenes: list  # (seed, options of Env.reset)
     label: str
     control: str = "none"
-    pattern: str = None  # of the sentences to tell, instead of the scenes' own
+    wordings: list = None  # what to tell in each scene instead of its own sentence
 
 
 class Episode:
@@ -230,7 +232,7 @@ class Episode:
     task, instruction, seed and steps, as Env has them; for swap and retarget also observe(),
     draw_request() and set_request()."""
 
-    def __init__(self, env, seed, options, run):
+    def __init__(self, env, seed, options, run, wording=None):
         self.env = env
         self.control = run.control
         self.rng = np.random.default_rng([seed, 2])
@@ -242,8 +244,10 @@ class Episode:
         self.after_done = False  # whether it was done before another came
         self.original_steps = 0  # control steps in a row that it has been done
         self.switch = 0  # control step when another comes; 0: none
-        if run.pattern:
-            self.sentence = fill(run.pattern, env.slots)
+        self.declined = False
+        if wording:
+            self.sentence = wording.format(**env.slots)
+            self.declined = run.model.understands(self.sentence) < 0.5
         if self.control == "deaf":
             self.sentence = ""
         if self.control == "swap":
@@ -276,7 +280,7 @@ class Episode:
             return
         self.obs, reward, terminated, truncated, self.info = self.env.step(action)
         self.reward += reward
-        self.success = self.info["success"] and not self.info["diverged"]
+        self.success = self.info["success"] and not self.info["diverged"] and not self.declined
         self.over = terminated or truncated
         if self.control == "swap":
             done = TASKS[self.task].success(self.env, **self.meaning)
@@ -301,6 +305,7 @@ class Episode:
             original_success=self.original_success,
             after_done=self.after_done,
             after_done_success=self.after_done and self.success,
+            declined=self.declined,
             untouched=not self.success and touched is None,
             wrong_first=not self.success and touched not in (None, self.info.get("block")),
             reward=self.reward / self.env.steps,
@@ -353,9 +358,12 @@ def evaluate(run, world, parallel):
     with ThreadPoolExecutor(4) as pool:
         for i in range(0, len(run.scenes), parallel):
             scenes = run.scenes[i : i + parallel]
-            episodes = list(
-                pool.map(lambda env, scene: Episode(env, *scene, run), envs, scenes)
-            )
+            wordings = (run.wordings or [None] * len(run.scenes))[i : i + parallel]
+            starts = [
+                pool.submit(Episode, env, *scene, run, wording)
+                for env, scene, wording in zip(envs, scenes, wordings)
+            ]
+            episodes = [start.result() for start in starts]
             play(run, episodes, pool)
             results += [episode.result() for episode in episodes]
     blind = Env(cameras=(), **world)
@@ -403,6 +411,8 @@ def summarize(results, task, about):
 def describe(row):
     """A line about a row."""
     text = f"{row['label']:14} {percent(row['k'], row['n'])}"
+    if row["declined"]:
+        text += f", {row['declined']} declined"
     if row["control"] == "swap":
         text += f" on the sentence told, {percent(row['original'], row['n'])} on the original"
     if row["control"] == "retarget":
@@ -459,22 +469,24 @@ def main():
     scenes = [(seed, dict(task=tasks[seed % len(tasks)])) for seed in seeds]
 
     # what is run on them
+    lines = read_instructions(args.instructions) if args.instructions else []
     runs = [Run(name, None, scenes, name) for name in args.policies if name != "policy"]
     for model in models:
         kind = model.config.model
         prefix = f"{model.path} " if len(models) > 1 else ""
         if args.instructions:
-            for task, pattern, fixed in read_instructions(args.instructions, model):
-                asked = [(seed, dict(task=task, slots=fixed)) for seed in seeds]
-                label = f"{prefix}{task}: {pattern}"
-                runs.append(Run(kind, model, asked, label, pattern=pattern))
+            told = [line for line in lines if line[0] in model.config.tasks] * args.episodes
+            wordings = [wording for _, wording, _ in told]
+            asked = [
+                (seed, dict(task=task, slots=slots))
+                for seed, (task, _, slots) in enumerate(told, args.seed)
+            ]
+            runs.append(Run(kind, model, asked, prefix + "demonstrated wordings"))
+            runs.append(Run(kind, model, asked, prefix + "these wordings", wordings=wordings))
         else:
             runs.append(Run(kind, model, scenes, prefix + kind))
         if args.controls and kind == "vla":
             runs += [Run(kind, model, scenes, prefix + name, name) for name in CONTROLS]
-    if not runs:
-        raise ValueError(f"{args.instructions} is empty or not understood; use other words")
-
     fingerprint = dict(
         torch=torch.__version__,
         mujoco=mujoco.__version__,
@@ -494,7 +506,7 @@ def main():
 
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        lines = open(args.out.with_suffix(".jsonl"), "w")
+        log = open(args.out.with_suffix(".jsonl"), "w")
     rows = []
     columns = {}  # of the table
     for run in runs:
@@ -517,9 +529,13 @@ def main():
         print(describe(column[-1]), flush=True)
         if args.out:
             for result in results:
-                print(json.dumps(about | result), file=lines, flush=True)
-    if not args.instructions:
-        print_table(columns)
+                print(json.dumps(about | result), file=log, flush=True)
+    print_table(columns)
+    nothing = [sentence for task, sentence, _ in lines if task == "none"]
+    for model in models if nothing else ():
+        k, n = sum(model.understands(sentence) < 0.5 for sentence in nothing), len(nothing)
+        rows.append(dict(label=model.path, task="none", k=k, n=n))
+        print(f"{model.path} declines {percent(k, n)} of the sentences that ask for nothing")
     if args.out:
         args.out.write_text(json.dumps(dict(rows=rows, fingerprint=fingerprint), indent=1))
 

@@ -85,9 +85,10 @@ FORCE_LIMIT = 40.0  # N, at any contact of a block; above it the hand backs off
 VALID_SEED = 0  # for choosing
 TEST_SEED = 1_500_000  # for reporting, once a release
 DEMO_SEED = 2_000_000
-# Random streams of a scene: [seed] itself; [seed, 1] recording, 2 eval.py, 7 world, 8 pixels, 9 next.
+# Random streams of a scene: [seed] itself; [seed, 1] recording, 2 eval.py, 3 whether its world is the
+# normal one, 7 world, 8 pixels, 9 the next seed.
 
-# What demonstrations never show: these combinations of slots, and each task's last two sentences.
+# What demonstrations never show: these combinations of slots, and what GRAMMAR marks with a *.
 HELD_OUT = dict(
     pick_place=("red blue", "green yellow", "blue purple", "yellow red", "purple green"),
     stack=("red yellow", "green purple", "blue red", "purple blue"),
@@ -120,7 +121,9 @@ def choose(names, known, what):
 
 
 # ------------------------------------------------------------------------------- instructions
-# A request is (task, slots), e.g. ("push", dict(block="red", direction="left")).
+# A request is (task, slots), e.g. ("push", dict(block="red", direction="left")). Sentences are drawn
+# from GRAMMAR, below the tasks. A wording is a sentence in which the slots that are names are left
+# open: "push the {block} cube to your left"; train.py fills them in.
 SLOTS = dict(
     block=tuple(COLORS),
     pad=tuple(COLORS),
@@ -128,37 +131,9 @@ SLOTS = dict(
     direction=tuple(DIRECTIONS),
     way=("open", "close"),
 )
-FORMS = dict(  # other forms of a slot's word that sentences may use
-    left=dict(towards="to the left"),
-    right=dict(towards="to the right"),
-    forward=dict(towards="forward"),
-    back=dict(towards="back"),
-    open=dict(pull="pull", opened="open"),
-    close=dict(pull="push", opened="shut"),
-)
-BLOCK_WORDS = ("block", "cube", "object")
-PAD_WORDS = ("target", "marker", "goal", "spot", "pad", "zone")
-
-
-def fill(pattern, slots):
-    """A sentence pattern with its slots filled in: "push the {block} cube {towards}"."""
-    words = dict(slots)
-    for word in slots.values():
-        words.update(FORMS.get(word, {}))
-    return pattern.format(**words)
-
-
-def patterns(task, held_out=False):
-    """The task's sentence patterns: those of the demonstrations, or the two they never use."""
-    sentences = TASKS[task].sentences
-    return sentences[-2:] if held_out else sentences[:-2]
-
-
-def make_instruction(request, rng, held_out=False):
-    """A sentence for the request, its wording drawn by `rng`."""
-    task, slots = request
-    choice = patterns(task, held_out)
-    return fill(choice[rng.integers(len(choice))], slots)
+NAMES = ("block", "pad", "lower")  # slots that are open in a wording
+NOTHING = ("none", {})  # the request of a sentence that asks for nothing that can be done here
+WORDINGS = 3000  # in a data file, for each task and each word of its other slots
 
 
 def is_held_out(task, slots):
@@ -178,31 +153,99 @@ def all_requests(tasks):
     return [(task, slots) for task in tasks for slots in slots_of(task, SLOTS)]
 
 
+def intent(task, slots):
+    """What a sentence asks for, names apart: "pick_place", "push left", "drawer open"."""
+    return " ".join([task, *[word for slot, word in slots.items() if slot not in NAMES]])
+
+
+def alternatives(text):
+    """Those of a rule of GRAMMAR, each after a | that has space around it."""
+    parts = re.split(r"(?:^|\s)\|\s", text)
+    return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+def read_grammar(text):
+    """{name of a rule: its alternatives}"""
+    parts = re.split(r"^ *(\w+):", re.sub("#.*", "", text), flags=re.MULTILINE)
+    return {name: alternatives(body) for name, body in zip(parts[1::2], parts[2::2])}
+
+
+def make_wording(task, slots, rng, held_out=False):
+    """A wording of the request, drawn by `rng` from GRAMMAR; held_out: by a rule's * alternatives for
+    the whole sentence, and in every second choice of words."""
+
+    def draw(rule, held_out):
+        marked = [choice for choice in rule if choice.startswith("*")]
+        if not (held_out and marked):
+            marked = [choice for choice in rule if not choice.startswith("*")]
+        return marked[rng.integers(len(marked))].lstrip("*")
+
+    def replace(match):
+        if match["rule"]:
+            text = draw(GRAMMAR[match["rule"]], held_out and rng.random() < 0.5)
+        else:
+            text = draw(match["inline"].split("|"), False)
+        return "" if text == "-" else text
+
+    text = draw(GRAMMAR[task], held_out)
+    for slot, word in slots.items():
+        if slot not in NAMES:
+            text = text.replace("{%s}" % slot, word)
+    replaced = True
+    while replaced:
+        text, replaced = re.subn(r"<(?P<rule>\w+)>|\((?P<inline>[^()]*)\)", replace, text)
+    return " ".join(text.split())
+
+
+def make_instruction(request, rng, held_out=False):
+    """A sentence for the request, its wording drawn by `rng`."""
+    task, slots = request
+    return make_wording(task, slots, rng, held_out).format(**slots)
+
+
+def words_of(*rules):
+    """Every word of rules of GRAMMAR."""
+    return set(re.findall(r"[\w']+", " ".join(" ".join(GRAMMAR[rule]) for rule in rules)))
+
+
 def parse_instruction(text):
-    """The request that a sentence in anybody's words makes. Raises ValueError if none fits.
+    """The request that a sentence in anybody's words makes, as far as keywords tell; the policy knows
+    more. Raises ValueError if none fits.
 
     A colour is a block's or a pad's by the word after it, or else by its place: the first is the
-    block's, the second the pad's. Of tasks with the same slots, the nearest wording decides; words
-    that mean nothing here are ignored.
-    """
-    words = re.findall("[a-z]+", text.lower())
+    block's, the second the pad's, unless something is stacked. A direction or open and close is the one
+    with the most words of its rule."""
+    words = re.findall(r"[\w']+", text.lower())
+    blocks = words_of("cube", "thing", "under", "atop", "on")
+    pads = words_of("rim") - blocks
+    stacked = not {"stack", "top", "tower", "pile", "atop", "base"}.isdisjoint(words)
     slots = {}
     for word, following in zip(words, words[1:] + [""]):
         if word in COLORS:
-            first = "block" not in slots
-            if following in BLOCK_WORDS or first and following not in PAD_WORDS:
-                slots["block" if first else "lower"] = word
-            else:
+            if following in pads:
                 slots["pad"] = word
-        elif word in DIRECTIONS:
-            slots["direction"] = word
-    drawer = not {"drawer", "cabinet", "handle"}.isdisjoint(words)
-    if drawer and not slots:
-        shut = not {"close", "closed", "shut"}.isdisjoint(words)
-        pushed = "push" in words and "open" not in words
-        slots["way"] = "close" if shut or pushed else "open"
-    tasks = [task for task in TASKS if set(TASKS[task].slots) == set(slots)]
+            elif "block" not in slots:
+                slots["block"] = word
+            else:
+                slots["lower" if following in blocks or stacked else "pad"] = word
     colors = [word for word in words if word in COLORS]
+    drawer = not {"drawer", "cabinet", "cupboard", "handle"}.isdisjoint(words)
+    if len(slots) == len(colors) < 2:
+        other, rules = "direction", {word: [word] for word in DIRECTIONS}
+        if drawer:
+            other, rules = "way", dict(
+                open=("open", "open_ed", "open_ing"), close=("close", "close_ed", "close_ing")
+            )
+        own = {}
+        for word, names in rules.items():
+            strangers = [name for name in itertools.chain(*rules.values()) if name not in names]
+            own[word] = words_of(*names) - words_of(*strangers)
+        count = {word: sum(w in own[word] for w in words) for word in own}
+        best = max(count, key=count.get)
+        lifted = not {"lift", "raise", "up", "hold", "hoist", "air"}.isdisjoint(words)
+        if count[best] and not lifted:
+            slots[other] = best
+    tasks = [task for task in TASKS if set(TASKS[task].slots) == set(slots)]
     pushed = not {"push", "slide", "shove", "nudge"}.isdisjoint(words)
     aimless = pushed and set(slots) == {"block"}  # pushed, but where to?
     if not tasks or aimless or len(colors) > 2 or drawer != ("way" in slots):
@@ -211,12 +254,9 @@ def parse_instruction(text):
             f"({', '.join(COLORS)}), and if need be a pad, a second block or a direction "
             f"({', '.join(DIRECTIONS)}), or else the drawer"
         )
-
-    def similarity(task):
-        sentences = [set(fill(pattern, slots).split()) for pattern in TASKS[task].sentences]
-        return max(len(s.intersection(words)) / len(s.union(words)) for s in sentences)
-
-    return max(tasks, key=similarity), slots
+    # of tasks with the same slots, the one whose own words occur
+    task = max(tasks, key=lambda task: len(words_of(task).intersection(words)))
+    return task, {slot: slots[slot] for slot in TASKS[task].slots}
 
 
 # ---------------------------------------------------------------------------------- the scene
@@ -632,7 +672,9 @@ class Env:
             draw[name] = rng.uniform(-1, 1, 32) * self.randomize * (name in self.factors)
         late = FACTORS["delay"] * self.randomize  # probability
         self.late = "delay" in self.factors and rng.random() < late
-        self.pixel_noise = FACTORS["noise"] * abs(draw["noise"][0])  # of 255
+        self.pixel_noise = FACTORS["noise"] * abs(
+            draw["noise"][0]
+        )  # standard deviation, of 255
         self.pixel_rng = np.random.default_rng([self.seed, 8])
 
         m.geom_rgba[:] = normal.geom_rgba
@@ -851,8 +893,9 @@ class Env:
         if 0.018 < self.opening < 0.03:  # the handle does not give way: one may be just off
             between[self.handle] = left[self.handle] or right[self.handle]
         reach = np.linalg.norm(self.thing_pos - self.ee_pos, axis=1)
-        near = np.flatnonzero(between)
-        self.grasped = min(near, key=reach.__getitem__, default=None)  # a thing
+        self.grasped = min(
+            np.flatnonzero(between), key=reach.__getitem__, default=None
+        )  # a thing
         self.held = self.grasped if self.grasped != self.handle else None  # a block
         if moved:
             self.memory.update(self)
@@ -1051,15 +1094,11 @@ def graspable(env, block):
 
 
 # ---------------------------------------------------------------------------------- the tasks
-def lines(text):
-    return tuple(line.strip() for line in text.strip().splitlines())
-
-
 class Task:
     """One kind of request. Its methods get the scene and the meaning of its slots by name
     (Env.resolve): indices of blocks and pads, a unit vector for a direction.
 
-    slots: names from SLOTS. sentences: patterns with those slots in braces, the last two held out.
+    slots: names from SLOTS. Its sentences are the rule of its name in GRAMMAR.
     possible(env, ..): can it be asked for now? target(env, ..): where the thing should go (3,) m.
     success(env, ..): is it done, this instant? expert(env, ..): an action (4,)."""
 
@@ -1072,17 +1111,6 @@ class PickPlace(Task):
     | anything else                             | grasps the block                    |"""
 
     slots = ("block", "pad")
-    sentences = lines("""
-        pick up the {block} block and place it at the {pad} target
-        grasp the {block} cube and move it to the {pad} target location
-        move the {block} object to the {pad} marker
-        grab the {block} cube and place it at the {pad} goal
-        lift the {block} block then set it on the {pad} target
-        pick up the {block} object and transport it to the {pad} target zone
-        grasp and relocate the {block} block to the {pad} spot
-        put the {block} cube down on the {pad} marker
-        pick the {block} block and put it on the {pad} target
-        grab the {block} object and set it down at the {pad} spot""")
 
     def possible(self, env, block, pad):
         return graspable(env, block) and distance(env.block_pos, env.pad_pos[pad]).min() >= 0.07
@@ -1109,17 +1137,6 @@ class Lift(Task):
     | anything else                             | grasps the block                    |"""
 
     slots = ("block",)
-    sentences = lines("""
-        pick up the {block} block
-        lift the {block} cube
-        raise the {block} block
-        grab the {block} object and hold it up
-        take the {block} cube off the table
-        lift up the {block} object
-        hold the {block} block in the air
-        grasp the {block} cube and raise it
-        grab the {block} block and lift it
-        raise the {block} object off the table""")
     HEIGHT = 0.10  # m, under the block
     GOAL = 0.17  # m, of its middle
 
@@ -1149,17 +1166,6 @@ class Push(Task):
     | anything else                             | closes, goes behind the block       |"""
 
     slots = ("block", "direction")
-    sentences = lines("""
-        push the {block} block {towards}
-        slide the {block} cube {direction}
-        shove the {block} object {towards}
-        push the {block} cube {direction}
-        nudge the {block} block {towards}
-        move the {block} block {direction} without lifting it
-        slide the {block} object {towards} on the table
-        push against the {block} cube to move it {direction}
-        slide the {block} block {towards}
-        shove the {block} cube {direction} without lifting it""")
     BEHIND = 0.055  # m, the hand from the block's middle
     HEIGHT = 0.022  # m, of the hand
     SPEED = 0.009  # m per control step
@@ -1213,17 +1219,6 @@ class Stack(Task):
     | anything else                             | grasps the upper block              |"""
 
     slots = ("block", "lower")
-    sentences = lines("""
-        stack the {block} cube on the {lower} cube
-        put the {block} block on top of the {lower} block
-        place the {block} cube on the {lower} block
-        set the {block} object on top of the {lower} cube
-        pick up the {block} block and stack it on the {lower} block
-        build a tower with the {block} cube on the {lower} cube
-        lift the {block} cube onto the {lower} object
-        balance the {block} block on the {lower} block
-        grab the {block} cube and put it on top of the {lower} block
-        stack the {block} object onto the {lower} cube""")
 
     def gap(self, env, block, lower):
         """Distance sideways and in height, m, from where the upper block belongs."""
@@ -1262,17 +1257,6 @@ class Drawer(Task):
     | anything else                             | grasps the handle                   |"""
 
     slots = ("way",)
-    sentences = lines("""
-        {way} the drawer
-        {pull} the drawer {opened}
-        {way} the cabinet
-        {pull} the handle until the drawer is {opened}
-        grasp the handle and {way} the drawer
-        take the handle and {pull} it until the drawer is {opened}
-        move the drawer until it is {opened}
-        {way} the drawer of the cabinet
-        grasp the handle and {pull} the drawer {opened}
-        {pull} the cabinet {opened}""")
 
     def possible(self, env, way):
         return env.drawer < 0.07 if way == "open" else env.drawer > 0.05
@@ -1303,6 +1287,812 @@ TASKS = dict(pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), dr
 def task_list(text):
     """("pick_place", "lift") of "pick_place,lift" or "all". Raises ValueError."""
     return tuple(TASKS) if text == "all" else choose(text.split(","), TASKS, "task")
+
+
+# -------------------------------------------------------------------------------- the grammar
+# name: alternatives, each after a | with space around it. <name> stands for one of that rule's, and
+# (one|another|) for one of those in the brackets; - for nothing. {direction} and {way} are replaced by
+# the word first, so that <{direction}> is the rule "left". Marked with *: held out of training, for
+# --split phrasing. To teach a word, write it down once. A rule with a task's name is its sentences.
+GRAMMAR = read_grammar("""
+    # asking
+    ask: - | - | - | - | - | - | please | please | <hey> | <hey> please | <hey> <could> |
+        <could> | <could> please | <wish> | <now> | <now> please | kindly | <hey> <now> | <hey>
+        <wish> | <context> | <context> please | <context> <could> | <context> <wish> | <jumble>
+        | *be so kind as to | *do me a favor and
+    context: my daughter wants to know if you can | my son would like to see you | i bet you can
+        | i bet you can't | i wonder whether you could | i wonder if you can | it's tidy up time
+        | we are doing a demo | for the demo | for the photo | let's play a game | you are a
+        good robot | my wish is that you | the children are curious if you can | grandma says
+        you can | mummy says | when i was young we did this by hand | for the next test | step
+        one | step two | next job | new task | here is your task | here's the plan | listen
+        carefully | here we go | come on | go on | i'm bored | it is my turn | today we learn
+        something new | see what you can do | show me that you can | prove to me that you can |
+        let's see if you can | let us see you | as an exercise | for science | mr robot | dear
+        machine | why don't you | why not | how about you | it's your turn now | the customer
+        asked that you | i'm curious if you can | i'd be pleased if you would | i would be most
+        grateful if you would | i'd be happy if you would | we're short of space | this table is
+        a mess | i have a small request | one more thing | oh and | so here's what i need | you
+        know what | if it's no trouble | if it is not too much trouble | with all due respect |
+        i am a visitor | my hands are full | i can't reach it | i forgot to do it | don't be shy
+        | no rush but | hurry up and | be quick and | attention please | dear robot arm | my
+        friend told me you can | do me a favour and | we need some order here | for heaven's
+        sake | what are you waiting for | here is a puzzle | it's easy | as you wish | once more
+        | this is a test | ladies and gentlemen | safety first | time is money
+    jumble: <filler> | <filler> <filler> | <filler> <filler> <filler> | <filler> <filler>
+        <filler> <filler> | <filler> <filler> <filler> <filler> <filler> | <filler> <filler>
+        <filler> <filler> <filler> <filler> <filler>
+    filler: a | an | and | but | or | so | if | then | because | i | you | he | she | we | they
+        | me | us | them | my | your | his | her | our | their | is | are | was | were | be |
+        been | am | do | does | did | has | have | had | will | would | can | could | may |
+        might | must | shall | should | very | really | quite | too | also | again | still |
+        already | yet | never | always | often | maybe | perhaps | here | there | where | when |
+        how | who | what | which | why | with | without | from | for | of | by | about | before
+        | after | since | until | while | during | between | through | today | tomorrow |
+        yesterday | morning | evening | night | day | week | year | time | moment | minute |
+        hour | friend | mother | father | sister | brother | daughter | son | boss | child |
+        kids | children | grandpa | man | woman | people | visitor | customer | doctor | teacher
+        | student | house | kitchen | garden | school | office | street | city | room | desk |
+        story | game | music | water | bread | coffee | money | hand | eye | head | foot | voice
+        | name | word | question | answer | idea | problem | thing | way | work | test | demo |
+        photo | picture | news | weather | sun | rain | wind | summer | good | bad | big | new |
+        old | young | happy | sad | tired | busy | late | early | easy | hard | clear | dear |
+        sure | ready | important | different | same | other | next | last | first | second |
+        many | few | more | less | much | some | any | all | every | each | think | know | say |
+        tell | ask | see | hear | feel | like | love | hate | want | need | wish | hope | try |
+        help | play | read | write | sing | run | walk | sit | wait | start | begin | finish |
+        work | learn | forget | remember | believe | mean | make | let | give | show | yes | no
+        | not | please | thanks | well | oh | ah | hmm | wow | honestly | actually | basically |
+        literally | obviously | seriously | exactly | finally | suddenly | lately | kindly |
+        madam | sir | mate | dude | folks | everyone | somebody | nobody | nothing | everything
+        | something | anyway | however | therefore | though | although | whether | instead |
+        else | away | home | world | life | part | place | side | end | line | number | one |
+        two | three | ten
+    hey: hey | hi | hello | robot | hey robot | ok | okay | alright | right | so | well | listen
+        | ok robot | dear robot | hi there | um | hmm | yo | good morning | hey buddy | look |
+        excuse me | *oi | *attention
+    could: can you | could you | would you | will you | can ya | could u | would you be able to
+        | do you think you could | could you possibly | would it be possible for you to | is it
+        possible to | are you able to | can you go and | can you try to | may i ask you to |
+        might you | *any chance you could | *would you be so good as to
+    wish: i want you to | i need you to | i'd like you to | i would like you to | i wish you
+        would | you should | you have to | you need to | your job is to | your task is to | you
+        must | you can | let's | let us | help me | go | go ahead and | go and | try to | just |
+        it's time to | time to | i'd love it if you would | i'd appreciate it if you could | the
+        next step is to | next you should | we need to | we have to | i'm asking you to | make
+        sure to | be a dear and | all you have to do is | i am telling you to | if you can | if
+        you don't mind | it would be great if you could | what i want is for you to | *it would
+        help to | *you are supposed to
+    now: now | next | then | first | now then | this time | quickly | carefully | gently |
+        slowly | for a start | once you are ready | when you have a moment | as a next step |
+        using your gripper | with your hand | with the gripper | if possible | just | simply |
+        *without delay
+    end: - | - | - | - | - | - | - | - | please | now | for me | thanks | thank you | right now
+        | right away | if you can | for us | would you | will you | carefully | gently | quickly
+        | slowly | as soon as you can | when you're ready | if you don't mind | ok | okay | and
+        be careful | and stop there | and nothing else | <reason> | <reason> | and then stop |
+        all right | that's it | that's all | thx | pls | please and thank you | my friend |
+        robot | buddy | with your gripper | using the gripper | with the arm | immediately | at
+        once | in one go | without touching anything else | i beg you | *asap | *cheers
+    reason: because i need it | because i said so | it is in the way | i want to see it | so i
+        can take a picture | that's where it belongs | so that it is tidy | i need it for a game
+        | so we can start | because it looks better that way | i have been waiting | to make
+        room | as we discussed | like before | like i showed you | it would help me a lot | we
+        are nearly done | my boss is watching | the kids want to see it | it's important |
+        before lunch | and i will be happy | you are doing great | to finish the job | since you
+        are free | as a test | , will you mate | , there's a good robot | , off you go | , chop
+        chop | , you understand | , i mean it | , love | , shall we | , yes | , do it | , fix
+        that | , try it | so i can wipe the table | so i can take a photo | so we can start the
+        recording | and let's see | and see if it holds | if it's no trouble | , got it | , that
+        would be lovely | , obviously | , real quick | before the visitors arrive | if you would
+        | <context> | <jumble>
+    mind: would you mind | do you mind | how about | what about | i'd appreciate you | start by
+        | i was thinking of | try | consider | i suggest | *care for
+    # things
+    the: the | the | the | the | the | the | that | - | my | our | this
+    cube: block | block | block | block | cube | cube | cube | brick | box | object | one | one
+        | piece | thing | item | square | wooden block | wooden cube | toy block | building
+        block | toy | little block | small cube | square block | block of wood | cubic thing |
+        square thing | wood | die | *chunk | *lump
+    small: - | - | - | - | - | - | - | - | - | - | small | little | wooden | pretty | tiny |
+        nice | shiny | whole | bright | *chunky
+    thing: <the> <small> {block} <cube> | <the> {block} <cube> | <the> {block} <cube> | <the>
+        {block} <cube> | <the> {block} coloured <cube> | <the> {block} colored <cube> | <the>
+        <cube> that is {block} | the {block} (block|cube|brick) (on the table|over there|you see
+        there|in front of you|there) | the (block|cube|brick|piece|one) (which
+        is|that's|painted|coloured|with the color|whose colour is) {block}
+    rim: thingy | pad | pad | pad | target | target | target | marker | goal | spot | spot | circle |
+        circle | disc | disk | dot | zone | area | location | mat | place | coaster | plate |
+        round pad | round target | ring | patch | mark | target pad | circular pad | landing pad
+        | platform | bullseye | round thing | flat disc | round spot | target spot | target area
+        | target zone | goal area | circle thing | round marker | round one | target disc | pad
+        on the table | place mat | flat circle | destination | base | position | button | saucer
+        | *tile | *roundel
+    goal: <the> {pad} <rim> | <the> {pad} <rim> | <the> {pad} <rim> | <the> {pad} <rim> | the
+        {pad} coloured <rim> | the {pad} colored <rim> | the <rim> that is {pad} | the
+        (pad|target|circle|disc|spot) (which is|that's|painted|coloured|whose colour is|with the
+        color) {pad} | the middle of the {pad} <rim> | the center of the {pad} <rim> | the
+        centre of <the> {pad} <rim>
+    under: <the> <small> {lower} <cube> | <the> {lower} <cube> | <the> {lower} <cube> | <the>
+        {lower} <cube> | the {lower} coloured <cube> | the {lower} colored <cube> | the <cube>
+        that is {lower} | the (block|cube|brick|piece|one) (which
+        is|that's|painted|coloured|whose colour is) {lower}
+    it: it | it | it | that | that block | it down | the block | this
+    # doing
+    grab: pick up | pick up | pick | grab | take | grasp | get | lift | lift up | get hold of |
+        take hold of | grip | collect | fetch | seize | catch | hold | find | reach for | clutch
+        | go to | take up | pinch | *snatch | *nab
+    grabbing: picking up | grabbing | taking | grasping | getting | lifting | collecting |
+        gripping
+    put: put | put | place | place | set | set down | lay | drop | leave | deposit | position |
+        move | bring | put down | release | stick | park | rest | lower | pop | set it up so
+        that you put | plop | sit | plant | locate | store | plonk | slap | dump | let go of |
+        pose | *install | *stow
+    take: move | move | bring | take | carry | transport | transfer | get | relocate | deliver |
+        shift | send | haul | pass | drive | drag | transplant | ferry | *convey | *cart
+    putting: putting | placing | setting | laying | moving | dropping | positioning | bringing |
+        leaving | parking
+    taking: moving | bringing | taking | carrying | transporting | transferring | getting |
+        shifting | delivering
+    placed: put | placed | moved | set | set down | brought | laid | dropped | carried | taken |
+        transferred | positioned | delivered | transported | parked
+    on: on | on | on | onto | onto | on top of | at | to | over | upon | down on | over to |
+        right on | there on | in | into | squarely on | exactly on | up on | inside
+    to: to | to | to | over to | onto | on to | on | across to | towards | all the way to |
+        there to | back to | right up to
+    home: go | be | end up | sit | land | rest | belong | stand | live | come to rest | lie |
+        stay | wait
+    goes: goes | belongs | should go | has to go | needs to go | must be | should be | needs to
+        be | ought to be | should end up | should land | should sit | shall be | needs to end up
+        | has to be | is supposed to be | is meant to go | should come to rest | should lie |
+        needs to move | has got to go | gets to sit | should move | will go
+    # up
+    raise: lift | lift up | raise | pick up | pick up | hoist | elevate | raise up | heave |
+        boost | take up | *levitate | *jack up
+    raising: lifting | raising | picking up | lifting up | hoisting | elevating | grabbing |
+        holding up | taking
+    keep: maintain | suspend | hold | hold | keep | keep holding | show | show me
+    high: up | up | up in the air | in the air | in the air | off the table | off the table |
+        off the ground | off the surface | above the table | high | up high | aloft | into the
+        air | up from the table | away from the table | over the table | off of the table | off
+        the desk | upwards | in mid air | mid-air | up there | above everything | a bit up |
+        straight up | off its place | a few inches up | ten centimeters up | higher | toward the
+        ceiling | skyward | *overhead
+    raised: suspended | dangling | lifted | raised | picked up | lifted up | held up | hoisted | elevated | up in the
+        air | in the air | off the table | held in the air | held high | airborne
+    # sideways
+    shove: push | push | push | push | slide | slide | shove | shove | nudge | move | shift |
+        scoot | poke | drag | press | sweep | prod | budge | bump | brush | give a push to |
+        give a shove to | give a nudge to | roll | drive | guide | steer | knock | scooch |
+        displace | pull | herd | tap | bulldoze | force | skid | *jostle | *propel
+    shoving: pushing | sliding | shoving | nudging | moving | shifting | scooting | poking |
+        dragging
+    shoved: pushed | shoved | moved | shifted | slid | nudged | scooted
+    along: - | - | - | - | - | - | along the table | on the table | across the table | over the
+        table | without lifting it | on the surface | along the surface | some way | a little |
+        a bit | a little bit | about ten centimeters | a few centimeters | slightly | a short
+        distance | further | some distance | straight | a few inches | a hand's width | for a
+        bit | by a little | gently | without picking it up | keeping it on the table | *with
+        your knuckles
+    left: left | left | to the left | to the left | to your left | leftwards | leftward |
+        towards the left | toward the left | to the left side | over to the left | to the left
+        hand side | towards your left | in the left direction | in a leftward direction |
+        leftways | to left | further left | more to the left | off to the left | on your left
+        side | to port | *to the left edge
+    right: right | right | to the right | to the right | to your right | rightwards | rightward
+        | towards the right | toward the right | to the right side | over to the right | to the
+        right hand side | towards your right | in the right direction | in a rightward direction
+        | rightways | to right | further right | more to the right | off to the right | on your
+        right side | to starboard | *to the right edge
+    forward: forward | forward | forwards | ahead | away from you | away from yourself | away |
+        straight ahead | to the front | further away from you | forward away from you | away
+        from the robot | in the forward direction | outwards | further away | farther away |
+        onward | off ahead | straight forward | away from your base | out in front of you |
+        further from you | out | to the far side | away from where you are | further forward |
+        towards the far edge | *to the far edge
+    back: back | back | backward | backwards | towards you | toward you | towards yourself |
+        toward yourself | to you | closer to you | closer | back towards you | back to you |
+        toward the robot | towards the robot | nearer to you | closer to the robot | in your
+        direction | back in your direction | nearer | closer to yourself | towards your base |
+        toward your body | towards your base | inward | in towards you | backwards to you | in
+        the backward direction | to the near side | near you | rearward | *to the near edge
+    not_left: right | far right | far to the right | to the right
+    not_right: left | far left | far to the left | to the left
+    not_forward: close | close to you | near | near you | near to the robot | close to your base
+    not_back: far | far away | far out | distant | far from you | far off | close to the far
+        edge | far forward
+    # onto each other
+    pile: mount | superimpose | chuck | load | seat | stick | hoist | get | stack | stack | put | put | place | set | balance | pile | lay | drop | rest | mount |
+        heap | perch | sit | position | put down | move | stack up | deposit | leave | park |
+        *lodge | *plonk
+    piling: stacking | putting | placing | setting | balancing | piling | laying
+    piled: stacked | put | placed | balanced | set | piled | resting | sitting | standing
+    atop: on | on top of | on top of | onto | atop | upon | on to | on the top of | over | right
+        on top of | squarely on | above | up on | up onto | directly on
+    # the drawer
+    chest: drawer | drawer | drawer | drawer | drawer | cabinet | cabinet drawer | wooden drawer
+        | cupboard | little drawer | drawer of the cabinet | drawer there | drawer in the
+        cabinet | box with the handle | small drawer | cabinet's drawer | cupboard drawer |
+        wooden cabinet | chest | chest of drawers | sliding drawer | drawer at the side | drawer
+        on the side | drawer on your right | compartment | dresser | *locker
+    open: open | open | open up | pull open | slide open | draw open | get open | pull out |
+        slide out | draw out | go open | yank open | unshut | tug open | reopen | open wide |
+        crack open | pop open | *unclose
+    close: guide back in | ease shut | close | close | shut | shut | push shut | push closed | slide shut | close up | push
+        in | slide in | slam | slide closed | get shut | bang shut | go close | reclose | seal |
+        slam shut | press shut | *nudge shut
+    open_ing: opening | pulling open | pulling out | sliding open | drawing out | sliding out
+    close_ing: closing | shutting | pushing in | sliding shut | pushing shut
+    open_ed: open | open | opened | pulled out | wide open | fully open | out | all the way open
+        | all the way out | ajar
+    close_ed: closed | closed | shut | pushed in | fully closed | completely shut | all the way
+        closed | firmly shut | in | all the way in | fully shut
+    haul: pull | pull | tug | yank | draw | drag
+    press: push | push | press | shove | slide | nudge
+    open_drawer: <ask> <haul> <the> <chest> (open|out|towards you|all the way out|outwards|all
+        the way open) <end> | <ask> <haul> the (handle|knob) (until <the> <chest> is
+        <open_ed>|to open <the> <chest>|so that <the> <chest> opens|and open <the> <chest>)
+        <end> | <ask> <haul> (on|at) the (handle|knob|drawer handle) <end> | <ask> <haul> the
+        (drawer handle|handle of the drawer|drawer's handle) (out|) <end> | (<hey>|) (i need|i
+        want|i'd like) to (get something out of|look into|see into|see inside|put something
+        in|put something into|see what is in|get at) <the> <chest> (, so open it|, open it|,
+        please open it|) <end> | (<hey>|) (let me see|show me) (what is in|what's in|what's
+        inside|the inside of|the contents of) <the> <chest> <end> | (<hey>|) <the> <chest> is
+        (closed|shut) (, open it|, please open it|and i need it open|but it should be open|,
+        could you change that) <end> | (<hey>|) open sesame , (drawer|the drawer) | <ask> push
+        <the> <chest> open <end> | <ask> unlatch <the> <chest> <end> | <ask> take <the> <chest>
+        out <end> | <context> <haul> (out|open) <the> <chest> <end> | <ask> <haul> <the> <chest>
+        out <end> | (<hey>|) what (is|'s) (in|inside) <the> <chest> ? (open it|open it and let's
+        see|pull it open|) | <the> <chest> (is|seems|looks) (closed|shut|stuck) , i
+        (want|need|would like|prefer) it (open|opened) | (<hey>|) (my|our|the|some)
+        (keys|screws|pens|tools|socks|things|coins|glasses) are in (there|<the> <chest>) , (open
+        it|pull it open|pull out <the> <chest>|please open <the> <chest>|open <the> <chest>|i
+        need <the> <chest> open) <end> | <ask> (grab|take|grip|hold) the (handle|knob) and
+        (pull|tug|yank|draw|pull it|pull hard|draw it out|pull back) <end> | <ask> <haul> (on|)
+        (the|its) (drawer's|cabinet's|cupboard's|wooden cupboard's) handle until (it|<the>
+        <chest>) (opens|comes out|is out) <end> | <ask> <open> <the> <chest> so (i can|that i
+        can|we can) (drop|put|place|see|find|get|look for|drop) (my|our|the|some|a)
+        (pen|keys|things|screws|tool|stuff|letter) (in|out|inside|into it|) <end> | <ask> reveal
+        (the contents of|what is inside) <the> <chest> <end> | <ask> let me (into|look into|see
+        into) <the> <chest> <end> | <ask> (give me|i need) access to <the> <chest> <end>
+    close_drawer: <ask> <press> <the> <chest> (shut|closed|in|back in|all the way
+        in|back|inwards|home|to) <end> | <ask> <press> the (handle|knob) (until <the> <chest> is
+        <close_ed>|to close <the> <chest>|so that <the> <chest> closes|and close <the> <chest>)
+        <end> | <ask> (push|press|shove) (on|at|against) the (handle|knob|drawer|drawer handle)
+        (until it is shut|until it is closed|) <end> | <ask> <press> the (drawer handle|handle
+        of the drawer|drawer's handle) (in|) <end> | (<hey>|) (i don't need|i'm done with|i am
+        finished with|we are done with|nobody needs) <the> <chest> (anymore|any more|now|) (, so
+        close it|, shut it|, please close it|, close it) <end> | (<hey>|)
+        (someone|somebody|you|i|they) left <the> <chest> (open|standing open) (, close it|,
+        please shut it|, shut it|, could you fix that|) <end> | (<hey>|) <the> <chest> is
+        (open|standing open|still open|sticking out) (, close it|, please shut it|and it should
+        be closed|but it should not be|, could you change that|, push it in) <end> | (<hey>|)
+        (don't leave|no need to leave) <the> <chest> open <end> | <ask> put <the> <chest> back
+        (in|) <end> | <ask> return <the> <chest> to its closed position <end> | <context>
+        <press> (in|shut) <the> <chest> <end> | (<hey>|) (we're|we are|i'm|i am|all)
+        (finished|done) with <the> <chest> , (so|) (in it goes|close it|shut it|push it in|back
+        in with it) <end> | (<hey>|) i (keep bumping into|nearly tripped over|don't like|hate)
+        that open (drawer|cabinet) , (can you close it|close it up|shut it|push it in|please
+        shut it) <end> | <ask> give <the> <chest> a (push|shove|nudge) (so it's shut|until it is
+        shut|to close it|so that it closes|shut|inwards) <end> | (<hey>|) (i don't want
+        to|nobody should|no one may) (see|look) (inside|into) <the> <chest> (any more|anymore|)
+        , (close it|shut it|push it in) | (were you born in a barn|it is drafty|safety
+        first|someone might trip) ? (shut|close) <the> <chest> <end> | <the> <chest> (must
+        not|should not|can't|shouldn't|may not) (stay|stand|be|remain) (out|open) (, close it|,
+        you close it now|, shut it|, push it in|) | <ask> (slide|push|shove|press|move) <the>
+        <chest> (back|all the way|completely|fully|) (into|inside) (the|its)
+        (cabinet|cupboard|place|chest) <end> | <ask> hide what is in <the> <chest> by closing it
+        <end> | <ask> push <the> <chest> <end> | <ask> push in <the> <chest> <end>
+    # nothing that can be done here
+    odd: orange | pink | black | white | brown | grey | gray | turquoise | golden | silver |
+        transparent | striped | cyan | beige | violet | gold | crimson | navy | rainbow | teal |
+        maroon | colourless | magenta
+    stranger: banana | cup | bottle | ball | phone | book | pen | lamp | chair | cat | dog |
+        spoon | plate of food | apple | door | window | hammer | robot | screwdriver | glass |
+        key | shoe | hat | car | table | wall | light | fridge | box of chocolates | pencil |
+        sock | towel | keyboard | mouse | knife | fork | sandwich | garbage | trash | laundry |
+        plant | flower | pizza | wheel | carpet | bed | curtain | radio | triangle | sphere |
+        cylinder | pyramid | teapot | mug | kettle | jar | lid | suitcase | bag | bicycle |
+        letter | paper | newspaper | blanket | vase | camera | laptop | tv | remote
+    job: make me a coffee | make tea | clean the table | wipe the table | do a dance | dance |
+        sing a song | tell me a joke | play some music | turn on the light | turn off the light
+        | switch yourself off | shut down | wash the dishes | write an email | write a poem |
+        write some code | call my mother | fly to the moon | jump | wave your hand | wave at me
+        | shake my hand | spin around | draw a picture | paint a picture | cook dinner | bake a
+        cake | go home | go to sleep | sleep | wake up | stop | wait | do nothing | don't move |
+        stay where you are | count to ten | calculate two plus two | order a pizza | buy milk |
+        feed the cat | walk the dog | take a photo | take a picture | read me a story | set an
+        alarm | open the window | close the window | open the door | close the door | lock the
+        door | open the fridge | open your gripper | close your gripper | rotate your wrist |
+        point at the door | look at me | throw a ball | kick the ball | play chess | play a game
+        | translate this | search the web | book a flight | charge my phone | vacuum the floor |
+        sweep the floor | water the plants | fold the laundry | drive to work | give me a high
+        five | scratch my back | tidy your room | fix the car | repair yourself | explain
+        yourself | hit the wall | break something | destroy everything | show me your best trick
+        | surprise me | do something | do it | do it again | again | more | faster | undo that |
+        continue | come here | go away | turn around | help | build a house | build a castle |
+        juggle | sort the blocks | sort everything by size | count the blocks | clear the table
+        | put everything away | tidy up | arrange the blocks | make a circle | mix the colors |
+        switch the blocks | flip the table | close your eyes | open your mouth | hold my hand |
+        pick me up | lift me up | push me | give it a push | put it down | put it back | pick it
+        up | drop it | let go | take it | move
+    chat: hello | hi | hey there | good morning | good night | how are you | what is your name |
+        who are you | what can you do | what time is it | what day is it | how is the weather |
+        will it rain tomorrow | where are you from | are you alive | do you love me | i love you
+        | i hate mondays | i am hungry | i'm tired | i am bored | nice robot | good job | well
+        done | bad robot | thanks | thank you very much | sorry | yes | no | maybe | of course |
+        why | why not | what | ok | great | wow | never mind | forget it | see you later | bye |
+        goodbye | happy birthday | what do you see | what is on the table | how many blocks are
+        there | which block is the biggest | what colors are there | is the drawer open | where
+        is the drawer | is it heavy | do you like blocks | what is love | how old are you | can
+        you hear me | are you there | i think so | that was fun | you are funny | that's wrong |
+        not that one | the other one | it was an accident | my favourite colour is {block} | i
+        like {block} | roses are {block} | what a lovely day | the sky is {block} | i have a
+        {block} car | {block} | {block} {pad} | the {block} <cube> | a {block} <cube> | the
+        {pad} <rim> | {block} is nicer than {pad} | who painted it {block} | the quick brown fox
+        | lorem ipsum dolor sit amet | hola que tal | guten tag | bonjour | schieb den block
+        nach links | por favor abre la puerta | je ne sais pas | mach die schublade auf | asdf |
+        qwerty | blah blah blah | test | testing one two three | one two three | hmm | ehm |
+        dunno | what's up | lol | haha | ouch | oops | stop it | no no no | leave it | leave it
+        alone | the end
+
+    # sentences of each task; first how it is said, then what
+    pick_place:
+        | <ask> <grab> <thing> and <put> <it> <on> <goal> <end>
+        | <ask> <grab> <thing> and <take> it <to> <goal> <end>
+        | <ask> <grab> <thing> (, then|and then|then) <put> it <on> <goal> <end>
+        | <ask> <grab> <thing> (from the table|off the table|with the gripper|) and <put> it <on>
+            <goal> <end>
+        | <ask> <put> <thing> <on> <goal> <end>
+        | <ask> <put> <thing> <on> <goal> <end>
+        | <ask> <put> <thing> <on> <goal> <end>
+        | <ask> <take> <thing> <to> <goal> <end>
+        | <ask> <take> <thing> <to> <goal> <end>
+        | <ask> <take> <thing> over and <put> it <on> <goal> <end>
+        | <ask> (put|place|set|move|drop|get) (the|) {block} (on|onto|to|at|in) (the|) {pad} <rim>
+            <end>
+        | <ask> (put|place|set|move|drop|get) {block} (on|to|onto) {pad} <rim>
+        | <ask> <put> the <cube> of {block} color <on> the <rim> of {pad} color <end>
+        | <mind> <putting> <thing> <on> <goal> <end>
+        | <mind> <taking> <thing> <to> <goal> <end>
+        | <mind> <grabbing> <thing> and <putting> it <on> <goal> <end>
+        | (<hey>|) <thing> <goes> <on> <goal> <end>
+        | (<hey>|) <thing> <goes> <to> <goal> <end>
+        | (<hey>|) on <goal> <goes> <thing> <end>
+        | (<hey>|) <on> <goal> (please|) <put> <thing> <end>
+        | (<hey>|) (there is a {pad} <rim>|see the {pad} <rim>|you see the {pad} <rim>|look at the
+            {pad} <rim>|go to the {pad} <rim>) (,|and|:) (please|) <put> <thing> (there|on it|onto
+            it|right there|on top|down there) <end>
+        | (<hey>|) (i want|i need|i'd like|i would like|i wish|i want to see|i'd love) <thing> (to
+            <home>|<placed>|) <on> <goal> <end>
+        | (<hey>|) (can|could) (i have|i get|we have|we get|i see) <thing> (<placed>|) <on> <goal>
+            <end>
+        | (<hey>|) (make|let|have|get|see that|ensure that|be sure that) <thing> (<home>) <on>
+            <goal> <end>
+        | (<hey>|) make sure (that|) <thing> (is|ends up|lands|sits|goes|gets|comes to rest|lies)
+            <on> <goal> <end>
+        | (<hey>|) <thing> (:|,|-|) (please|) <put> it <on> <goal> <end>
+        | (<hey>|) <thing> (please|) (to|onto|on) <goal> <end>
+        | <ask> <put> <on> <goal> <thing> <end>
+        | <ask> (cover|occupy|fill|block) <goal> with <thing> <end>
+        | <ask> use <thing> to (cover|mark|hide) <goal> <end>
+        | (<hey>|) <goal> (needs|wants|should get|should have|should hold|is waiting for|is
+            missing|gets|is the place for|is where i want|is the home of) <thing> (on it|on top|)
+            <end>
+        | (<hey>|) the (destination|goal|target|place|right place|home|spot) (of|for) <thing> is
+            <goal> <end>
+        | (<hey>|) (would it be possible|is it possible|i would be glad|it would be nice) to
+            (have|get) <thing> <placed> <on> <goal>
+        | (<hey>|) after <grabbing> <thing> <put> it <on> <goal> <end>
+        | <ask> <take> <thing> from where it is <to> <goal> <end>
+        | <ask> (do|perform|carry out) a pick and place : <thing> <to> <goal>
+        | (pick and place|pick n place|pick-and-place|job|task|order|mission) : <thing> <to>
+            <goal>
+        | <ask> (get|take|use) <thing> for <goal> <end>
+        | (<ask>|) {block} (block|cube|one|) (:|to|on|,|goes on|onto|for|in|) {pad}
+            (pad|target|circle|one|) <end>
+        | <ask> (pick|take|fetch) {block} (block|cube|brick|one) (and|) (put|place|drop|lay|leave)
+            (it|) (on|at|in|to) {pad} (pad|target|circle|disc|spot) <end>
+        | (<hey>|) <goal> is where <thing> (belongs|should be|goes|has to go|must lie|lives|should
+            sit|needs to be) (, so take it there|, take it there|, put it there|, please|)
+        | (<hey>|) <goal> is (the home|the place|the spot|the right place) (for|of) <thing> <end>
+        | (<hey>|) (i think|we think|it seems) <thing> would look (nicer|better|good|great|nice)
+            on <goal> (, let's move it there|, put it there|, move it there|)
+        | (<hey>|) (there's nothing|there is nothing|nothing is) on <goal> (yet|) (,|.) (please|)
+            <put> <thing> (there|on it) <end>
+        | <ask> (get|put|have|make|let) <thing> (to land|to rest|to sit|to
+            lie|land|resting|sitting|lying) on <goal> <end>
+        | <ask> (take|move|bring|carry|get|shift|lift) <thing> (over|across|there|) (and|then|and
+            then) (put|set|place|lay|drop) (it|) (down|) (on|on top of|at|in) <goal> <end>
+        | <ask> <take> <thing> so (that|) it (rests|sits|lies|is|stands|lands|ends up) (on|at|in)
+            <goal> <end>
+        | <ask> (take hold of|grab|pick up|grasp) <thing> (with your gripper|) , go (over|across|)
+            to <goal> and (let go|let it go|release it|drop it|put it down|set it down|open your
+            gripper) <end>
+        | (<hey>|) <goal> (should have|must have|needs|should carry|has to have) <thing> on it
+            (when you're done|at the end|in the end|soon|)
+        | <context> <thing> (goes|belongs|lives|should be|has to be|must go) <on> <goal> <end>
+        | <ask> find <goal> and <put> <thing> (there|on it|in the middle of it) <end>
+        | *<ask> find <goal> , then go and <grab> <thing> and <put> it there <end>
+        | *what i'd like is to have <thing> <placed> <on> <goal> <end>
+        | *<ask> <grab> <thing> , carry it over <goal> and let go <end>
+        | *the <goal> is empty , <put> <thing> <on> it <end>
+    lift:
+        | <ask> <raise> <thing> <end>
+        | <ask> <raise> <thing> <end>
+        | <ask> <raise> <thing> <high> <end>
+        | <ask> <raise> <thing> <high> <end>
+        | <ask> <raise> <thing> and (hold|keep) it <high> <end>
+        | <ask> <grab> <thing> <end>
+        | <ask> <grab> <thing> and <raise> it <end>
+        | <ask> <grab> <thing> and <raise> it <high> <end>
+        | <ask> <grab> <thing> and <keep> it <high> <end>
+        | <ask> <grab> <thing> (, then|and then) <raise> it <high> <end>
+        | <ask> <keep> <thing> <high> <end>
+        | <ask> (hold|pick|lift|raise|take|bring|get|keep|pull|move) <thing> (up|<high>) <end>
+        | <ask> (lift|pick|hold|raise|take|bring) up <thing> <end>
+        | <ask> (take|remove|get|pull|bring) <thing> (off the table|from the table|away from the
+            table|up from the table|off the surface|up off the table) <end>
+        | <mind> <raising> <thing> (<high>|) <end>
+        | <mind> <grabbing> <thing> and <raising> it (<high>|) <end>
+        | (<hey>|) <thing> (should be|has to be|needs to be|must be|ought to be|wants to be|is to
+            be) <raised> <end>
+        | (<hey>|) <thing> (should go|has to go|needs to go|must go|goes|has to come|should
+            come|needs to come) <high> <end>
+        | (<hey>|) (i want|i need|i'd like|i would like|i want to see|i'd love to see|show me|let
+            me see) <thing> (<raised>|<high>) <end>
+        | (<hey>|) (i want|i need|i'd like|i would like) <thing> to (be <raised>|go <high>|leave
+            the table|rise|come <high>|float) <end>
+        | (<hey>|) (make|let|have) <thing> (rise|go up|leave the table|come up|fly|float|hover|go
+            <high>|levitate) <end>
+        | (<hey>|) up with <thing> <end>
+        | (<hey>|) <thing> : (up|lift it|raise it|pick it up|hold it up|up it goes|lift it <high>)
+            <end>
+        | (<hey>|) (see|you see|look at) <thing> (?|,|) (pick it up|lift it|raise it|hold it
+            up|grab it and lift it|take it up) <end>
+        | (<hey>|) get (a hold of|a grip on|your gripper around|your fingers around) <thing> and
+            (lift|raise|lift it <high>|hold it up|hoist it) <end>
+        | (<hey>|) (can|could) (i see|we see|you show me|you show us) <thing> (<high>|<raised>)
+            <end>
+        | (<hey>|) (the table should be rid of|free the table of|clear the table of) <thing> by
+            lifting it <end>
+        | (<hey>|) make sure (that|) <thing> (is <raised>|leaves the table|is no longer on the
+            table|does not touch the table|isn't on the table anymore) <end>
+        | <ask> (close|put|clamp) your (gripper|fingers|hand) (on|around) <thing> and (lift|raise)
+            (it|) (<high>|) <end>
+        | <ask> (grab|take|grasp|hold) <thing> <end>
+        | <ask> (grab|take|grasp|pick|lift) (the|) {block} (block|cube|brick|one) (up|) <end>
+        | (<hey>|) (lifting|raising|picking up) <thing> is (what i want|your task|your
+            job|next|all i ask|the job) <end>
+        | <ask> lift <thing> so that (i can see it|nothing is under it|it doesn't touch the
+            table|it hangs in the air|i can look under it|there is air under it) <end>
+        | (lift|raise|hoist|elevate|lift up|hold up|hold) {block} (up|high|) <end>
+        | (get|make|bring) {block} (airborne|up|off the table|into the air|fly) <end>
+        | <ask> (get|make|bring) <thing> (airborne|fly|float|rise|hover|up) <end>
+        | <thing> , (pick|lift|hold|take) it up (please|pls|) <end>
+        | <thing> (up|up please|up high please|up in the air|in the air please|off the table
+            please) <end>
+        | with <thing> : (close fingers|grab it|grip) , (go up|lift|raise|up) , (stop|hold|wait)
+            <end>
+        | <ask> (grab|grasp|grip|take|get) <thing> , (bring|lift|raise|take) it up (, hold|,
+            stop|and hold|and wait|and stay like this|and keep hold of it|and hang on to it|and
+            don't let go|and stay there) <end>
+        | <ask> (only|just) (lift|raise) <thing> (straight up|up|) , (don't|do not)
+            (move|put|take|carry) it (anywhere|elsewhere|away|down) <end>
+        | <ask> (raise|lift|pick up|hold up|take up) <thing> and (wait|keep it there|keep it
+            up|hold it|stay like this|don't put it down|don't let go|stop|show it to me|let me
+            look under it) <end>
+        | <ask> (hold|keep|lift|raise) <thing> (where everyone can see it|so everyone can see
+            it|above your head|like a trophy|over your head|as high as you can|a bit above the
+            table|above the surface|over the tabletop) <end>
+        | (<hey>|) (is <thing> heavy|how heavy is <thing>) ? (lift it|pick it up|raise it|go on ,
+            lift it) (and find out|and see|) <end>
+        | (<hey>|) (i need to|i want to|let me) (clean|wipe|look|see what is)
+            (under|beneath|below|underneath) <thing> (, so|, please|so) (lift it|raise it|pick it
+            up|hold it up|take it up|could you lift it) (for a moment|up|) <end>
+        | (<hey>|) let me (see|look at) the (underside|bottom) of <thing> (, hold it up|, lift
+            it|, pick it up|) <end>
+        | (<hey>|) <thing> (should|must|needs to|has to) (hang|be hanging|float|be
+            floating|hover|stay) (in the air|above the table|in mid air) (, not lie on the
+            table|not on the table|) <end>
+        | <context> <raise> <thing> (<high>|) <end>
+        | (<hey>|) <thing> shouldn't (lie on|be on|touch|stay on) the table (, lift it|, pick it
+            up|, hold it up|)
+        | *i'd be happy to see <thing> leave the table <end>
+        | *<ask> <grab> <thing> , then go straight up with it <end>
+        | *<thing> is what you should hold <high> <end>
+    push:
+        | <ask> <shove> <thing> <{direction}> <along> <end>
+        | <ask> <shove> <thing> <{direction}> <along> <end>
+        | <ask> <shove> <thing> <along> <{direction}> <end>
+        | <ask> <shove> <thing> <{direction}> <end>
+        | <ask> <shove> <thing> <{direction}> <end>
+        | <ask> (push|slide|shove|nudge|move|shift) (the|) {block} (block|cube|brick|one|)
+            <{direction}>
+        | <ask> (move|shift|get|bring|take|slide) <thing> <{direction}> (without lifting it|along
+            the table|on the table|by pushing it|with a push|without picking it up|while it stays
+            on the table|sliding it|but don't lift it|don't pick it up)
+        | <ask> (push|lean|press) against <thing> (so that it moves|to move it|until it moves|so
+            it goes|so it slides) <{direction}> <end>
+        | <ask> give <thing> a (push|shove|nudge|little push|tap|poke|kick|bump|gentle push|good
+            shove) <{direction}> <end>
+        | <ask> make <thing> (move|slide|go|shift|glide) <{direction}> <along> <end>
+        | <ask> let <thing> (move|slide|go|glide) <{direction}> <along> <end>
+        | <ask> close your (gripper|hand|fingers) and (push|shove|slide|move) <thing>
+            <{direction}> <end>
+        | <mind> <shoving> <thing> <{direction}> <along> <end>
+        | <mind> <shoving> <thing> <along> <{direction}> <end>
+        | (<hey>|) <thing> (should|must|has to|needs to|ought to|is to) (go|move|slide|be
+            <shoved>|shift|travel|come) <{direction}> <along> <end>
+        | (<hey>|) (i want|i need|i'd like|i would like|i'd love) <thing> (<shoved>|moved|to go|to
+            move|to slide|to be <shoved>|to be|) <{direction}> <along> <end>
+        | (<hey>|) (i want|i need|i'd like|i would like) <thing> (farther|further|more|a bit|some
+            way|a little) <{direction}> <end>
+        | (<hey>|) (can|could) (i have|we have|i get|you get) <thing> (<shoved>|moved|)
+            <{direction}> <end>
+        | (<hey>|) <{direction}> with <thing> <end>
+        | (<hey>|) <thing> : (push it|shove it|slide it|move it|nudge it|) <{direction}> <end>
+        | (<hey>|) (see|you see|look at) <thing> (?|,|) (push it|shove it|slide it|move it|nudge
+            it) <{direction}> <end>
+        | (<hey>|) <{direction}> is where (i want <thing>|<thing> should go|<thing> has to go|you
+            push <thing>|<thing> goes) <end>
+        | <ask> <shove> <{direction}> <thing> <end>
+        | <ask> use (your hand|the gripper|your fingers|your arm|the closed gripper) to
+            (push|slide|shove|move|nudge) <thing> <{direction}> <end>
+        | <ask> without (lifting|grabbing|picking up|grasping) it , <shove> <thing> <{direction}>
+            <end>
+        | <ask> <shove> <thing> (a bit|a little|some|) (more|further|farther) <{direction}> <end>
+        | (<hey>|) <shoving> <thing> <{direction}> is (what i want|your task|your job|next|all i
+            ask) <end>
+        | (<hey>|) make sure (that|) <thing> (moves|goes|slides|gets pushed|ends up further|is
+            pushed) <{direction}> <end>
+        | (<hey>|) make (some|) room by <shoving> <thing> <{direction}> <end>
+        | <ask> go behind <thing> and (push|shove|slide) it <{direction}> <end>
+        | (push|shove|slide|nudge|move) {block} <{direction}> <end>
+        | {block} (block|cube|one) , <{direction}> (a bit|a little|please|) (, don't pick it up|,
+            don't lift it|, just push|, pushing only|, by pushing|, just shove it|) <end>
+        | <{direction}> (,|with|please ,|for) <thing> (, just push|, pushing only|, by pushing|,
+            just shove it|, only push it|)
+        | (<hey>|) <thing> is (too far|too|much too|a bit too|way too) <not_{direction}> (for my
+            liking|) , (so|please|) <shove> it <{direction}> <end>
+        | (<hey>|) <thing> is (too far|too|much too|a bit too|way too) <not_{direction}> , (make
+            it go|it should go|get it) <{direction}> <end>
+        | (no lifting|don't lift it|without grabbing|no grasping|just pushing|only by pushing)
+            (this time|please|) , (just|) <shove> <thing> <{direction}> <end>
+        | <ask> (bring|get|take|move|shift|work) <thing> <{direction}> (by
+            (sliding|pushing|shoving|dragging) it|, keep it on the table|, keeping it on the
+            table|, no lifting|in contact with the table|along the tabletop|across the table)
+            <end>
+        | (<hey>|) <thing> (needs|wants|could use|deserves|gets) (a push|pushing|a shove|a
+            nudge|shifting|moving|to be pushed|to move) <{direction}> <end>
+        | <context> <shove> <thing> <{direction}> <along> <end>
+        | <ask> (give|apply) (a|some) (push|force|pressure) <{direction}> to <thing> <end>
+        | <ask> (make|clear) (some|) (space|room) , (push|slide|shove) <thing> <{direction}> <end>
+        | (<hey>|) it would be (nicer|better|good|great) if <thing> (were|was|moved|went|slid) (a
+            bit|a little|) (further|more|) <{direction}> (, so push it|, push it|, so give it a
+            push|, so slide it|)
+        | *<thing> would look better a bit <{direction}> , so <shove> it <end>
+        | *<ask> apply some force to <thing> so that it moves <{direction}> <end>
+        | *a gentle push <{direction}> for <thing> <end>
+    stack:
+        | <ask> <pile> <thing> <atop> <under> <end>
+        | <ask> <pile> <thing> <atop> <under> <end>
+        | <ask> <pile> <thing> <atop> <under> <end>
+        | <ask> <grab> <thing> and <pile> <it> <atop> <under> <end>
+        | <ask> <grab> <thing> (, then|and then|then) <pile> it <atop> <under> <end>
+        | <ask> <take> <thing> (up|over|) and <pile> it <atop> <under> <end>
+        | <ask> <take> <thing> (to the top of|onto|on top of|on to) <under> <end>
+        | <ask> <raise> <thing> (onto|on top of|up onto|on to) <under> <end>
+        | <ask> (stack|put|place|set|balance) (the|) {block} (on|on top of|onto|atop) (the|)
+            {lower} (one|cube|block|) <end>
+        | <ask> (stack|pile up|put together) (the|) {block} <cube> and (the|) {lower} <cube> ,
+            (with|) (the|) {block} (one|) (on top|above|at the top|as the upper one)
+        | <mind> <piling> <thing> <atop> <under> <end>
+        | <mind> <grabbing> <thing> and <piling> it <atop> <under> <end>
+        | (<hey>|) <thing> (goes|belongs|should go|has to go|should be|must be|needs to be|should
+            sit|has to sit|should stand|ought to be|shall stand|needs to go|should rest) <atop>
+            <under> <end>
+        | (<hey>|) (on|on top of|atop|onto) <under> (please|) <pile> <thing> <end>
+        | (<hey>|) (on|on top of|onto) <under> <goes> <thing> <end>
+        | (<hey>|) (i want|i need|i'd like|i would like|i want to see|i'd love) <thing>
+            (<piled>|to be|to sit|to stand|to be <piled>|) <atop> <under> <end>
+        | (<hey>|) (can|could) (i have|we have|i get|i see|we see) <thing> (<piled>|) <atop>
+            <under> <end>
+        | (<hey>|) make <thing> (sit|stand|rest|lie|be|go) <atop> <under> <end>
+        | <ask> (build|make|construct|create|erect|form) a (tower|stack|pile|little
+            tower|column|small tower) (with|of|from|out of) <thing> (on|on top of|over|above)
+            <under> <end>
+        | <ask> (build|make|construct|create|form) a (tower|stack|pile|tower of two) : (the|)
+            {lower} (<cube>|) (at the bottom|below|down|first|underneath|as the base) , (the|)
+            {block} (<cube>|) (on top|above|at the top|second|on it) <end>
+        | <ask> (build|make|construct|create|form) a (tower|stack|pile|tower of two)
+            (with|where|so that|in which) (the|) {lower} (<cube>|) (at the bottom|below|is the
+            base|is at the bottom|as the base|is below) and (the|) {block} (<cube>|) (on
+            top|above|at the top|is on top|is above|on it) <end>
+        | <ask> use <under> as (a base|the base|a foundation|a pedestal|the bottom|a stand)
+            (for|and put on it|and stack on it|and on it place) <thing> <end>
+        | (<hey>|) <under> (is|should be|will be|shall be|makes|serves as) (the base|the
+            bottom|the foundation|below|the lower one|underneath) , <thing> (goes|is|should
+            be|comes|sits) (on top|on it|above|on top of it) <end>
+        | (<hey>|) <under> (should|must|has to|needs to) (carry|hold|support|have|bear) <thing>
+            (on top|on it|) <end>
+        | (<hey>|) <thing> on top of <under> (please|) <end>
+        | (<hey>|) <thing> (:|,|) (please|) <pile> it <atop> <under> <end>
+        | (<hey>|) (see|you see|there is|look at|find) <under> (?|,|and|:) (please|) <pile>
+            <thing> (on it|on top of it|on top|onto it) <end>
+        | (<hey>|) make sure (that|) <thing> (is|ends up|sits|lands|rests|stands|goes) <atop>
+            <under> <end>
+        | <ask> <pile> <atop> <under> <thing> <end>
+        | <ask> (top|crown|cover|cap) <under> with <thing> <end>
+        | <ask> add <thing> (to the top of|on top of|onto) <under> <end>
+        | (<hey>|) <piling> <thing> <atop> <under> is (what i want|your task|your job|next|all i
+            ask) <end>
+        | (stack|order|job|task|tower) : {block} (<cube>|) on {lower} (<cube>|)
+        | <ask> stack <under> under <thing> <end>
+        | (<hey>|) <under> (goes|belongs|should be) (under|below|underneath|beneath) <thing> (, so
+            put it there|, so lift that one onto it|) <end>
+        | (<hey>|) {block} (block|cube|one|) (on top of|atop|on top|onto|above|over|upon) {lower}
+            (block|cube|one|) <end>
+        | <ask> (stack|put|pop|place|set) {block} (on top of|on|atop|onto|over) {lower} (, the
+            blocks|, as a tower|to make a tower|, block on block|, blocks i mean)
+        | (<hey>|) (let's|let us|we will|we could|i want to|i'd like to see you|i'd like you to)
+            (build|make|see|have) a (little|small|) (tower|stack|pile) : (the|) {lower} (<cube>|)
+            (at the bottom|below|down|first|underneath|as the base|as base) , (and|) (the|)
+            {block} (<cube>|) (on top|above it|above|at the top|on it) <end>
+        | (<hey>|) (let's|let us|we will|we could|i want to|i'd like to see you|can i see)
+            (build|make|see|have) a (little|small|) (tower|stack|pile) of <thing> (on|on top
+            of|over) <under> <end>
+        | (<hey>|) (i want|i'd like|we need) (the|) {lower} (<cube>|) (under|below|at the
+            bottom|down) and (the|) {block} (<cube>|) (over|above|on top|on it|up) <end>
+        | (<hey>|) (the|) {lower} (<cube>|) (stays|is|goes|remains) (below|down|at the
+            bottom|where it is|put|in place) (and|,) (the|) {block} (<cube>|) (goes|comes|gets)
+            (on top|on it|above|onto it|up) (of it|) <end>
+        | (ground floor|first floor|bottom|below|base|down) {lower} , (upper floor|second
+            floor|top|above|on top|up) {block} <end>
+        | (top|above|upper|on top|up) {block} , (bottom|below|lower|underneath|base) {lower} <end>
+        | (<hey>|) (can|could|will) <under> (carry|hold|support|bear) <thing> ? (try it|try|let's
+            see|find out|put it on|)
+        | (<hey>|) <under> (needs|wants|gets|should get|should have) (a hat|a roof|a friend on
+            top|company|a top|a lid) (:|,) <thing> <end>
+        | (<hey>|) <under> (will be|is|shall be|as) the (base|foundation|bottom|support) (,|.)
+            (please|) <pile> <thing> (on it|on top|on top of it|onto it|there) <end>
+        | <ask> (move|take|get|bring|lift|raise) <thing> (so that|so|until) it
+            (stands|sits|rests|lies|is) (on|on top of|atop|upon) <under> <end>
+        | (<hey>|) it would be (great|good|nice|lovely) if <thing> (ended
+            up|was|were|stood|sat|came to rest) (stacked|) (on|on top of|atop) <under> <end>
+        | (<hey>|) there (should|ought to|must|has to) be <thing> (on|on top of) <under> (, fix
+            that|, please|)
+        | <ask> (get|make|have|let) <thing> (to stay|to stand|to
+            sit|stay|stand|sit|rest|standing|resting|balanced) (on|on top of|atop) <under> <end>
+        | <ask> build (up|upwards|) (on|from) <under> (by adding|with|by putting on|using) <thing>
+            <end>
+        | <context> <pile> <thing> <atop> <under> <end>
+        | <ask> (lift|grab|take|pick up) <thing> and (lower|set|lay|put) it (gently|carefully|)
+            (onto|on|on top of) <under> <end>
+        | *let <thing> ride <atop> <under> <end>
+        | *<ask> <grab> <thing> , carry it over <under> and let go once it rests on it <end>
+        | *two storeys : {lower} <cube> first , {block} <cube> second <end>
+    drawer:
+        | <ask> <{way}> <the> <chest> <end>
+        | <ask> <{way}> <the> <chest> <end>
+        | <ask> <{way}> <the> <chest> <end>
+        | <ask> <{way}> <chest> <end>
+        | <ask> <chest> <{way}> <end>
+        | <ask> <{way}_ing> <the> <chest> <end>
+        | <mind> <{way}_ing> <the> <chest> <end>
+        | <ask> grab the (handle|knob) and <{way}> <the> <chest> <end>
+        | <ask> <grab> the (handle|knob|drawer handle|drawer by its handle|handle of the
+            drawer|drawer's handle|cream handle) and <{way}> (it|<the> <chest>) <end>
+        | <ask> <{way}> <the> <chest> (by|using|with) (its|the) (handle|knob) <end>
+        | <ask> (get|make|have|leave|put) <the> <chest> <{way}_ed> <end>
+        | (<hey>|) <the> <chest> (should be|has to be|needs to be|must be|ought to be|wants to
+            be|is supposed to be) <{way}_ed> <end>
+        | (<hey>|) (i want|i need|i'd like|i would like|i'd love|i want to see) <the> <chest> (to
+            be <{way}_ed>|<{way}_ed>) <end>
+        | (<hey>|) (can|could) (i have|we have|i get|you get) <the> <chest> <{way}_ed> <end>
+        | (<hey>|) make sure (that|) <the> <chest> is <{way}_ed> <end>
+        | (<hey>|) (is <the> <chest> <{way}_ed> yet|<the> <chest> isn't <{way}_ed> yet|<the>
+            <chest> is not <{way}_ed>) ? <{way}> it <end>
+        | <ask> move <the> <chest> until it is <{way}_ed> <end>
+        | (<hey>|) <the> <chest> (:|,|) (please|) <{way}> it <end>
+        | (<hey>|) <{way}_ing> <the> <chest> is (what i want|your task|your job|next|all i ask)
+            <end>
+        | <context> <{way}> <the> <chest> <end>
+        | (<hey>|) (let's have|let's get|let me have|let us have) <the> <chest> <{way}_ed> <end>
+        | <ask> <{way}> <the> <chest> (of|in|on|from) (the|that|this) (little|small|wooden|brown|)
+            (cabinet|cupboard|chest|wooden box) <end>
+        | (drawer|cabinet|the drawer|the cabinet) <{way}_ed> (please|now|pls|) <end>
+        | <ask> (move|bring|return|set|put) <the> <chest> (to|into|in|back to) (the|its)
+            <{way}_ed> (position|state) <end>
+        | <{way}_drawer>
+        | <{way}_drawer>
+        | <{way}_drawer>
+        | <{way}_drawer>
+        | <{way}_drawer>
+        | <{way}_drawer>
+        | <{way}_drawer>
+        | <{way}_drawer>
+        | <{way}_drawer>
+        | *<ask> see to it that <the> <chest> is <{way}_ed> <end>
+        | *<ask> take care of <the> <chest> , it should be <{way}_ed> <end>
+        | *<the> <chest> wants <{way}_ing> <end>
+    # sentences that ask for nothing that can be done here
+    none:
+        | (does|did|will|has) <the> <chest> (lock|squeak|fit|matter|have a lock|contain anything|belong to you)
+        | (my|our|her) (grandmother|father|boss|friend|neighbour) (had|has|likes|bought|sold) (a|the) (<chest>|{block} <cube>|{pad} <rim>) (just like that|too|once|as well)
+        | (tell|read|sing|write|knit|sew|paint|bake) (me|us|him) (a|the|some) <stranger> (about|with|out of) (a|some) {block} (and {pad}|) <stranger>
+        | (could you|please|can you|would you|i want you to) (draft|send|read|copy|print|sign|post) (a|the|my) <stranger>
+        | (does|do|is|are|why is) the (colour|color) {block} (exist|so nice|better than {pad}|your favourite|a colour)
+        | <job>
+        | <job>
+        | <ask> <job> <end>
+        | <ask> <job> <end>
+        | <chat>
+        | <chat>
+        | <hey> <chat>
+        | <ask> <grab> <the> {block} <stranger> <end>
+        | <ask> <grab> <the> <odd> <cube> <end>
+        | <ask> <raise> <the> <odd> <cube> <high> <end>
+        | <ask> <raise> <the> <stranger> <high> <end>
+        | <ask> <put> <the> <odd> <cube> <on> <goal> <end>
+        | <ask> <put> <thing> <on> the <odd> <rim> <end>
+        | <ask> <put> <the> <stranger> <on> <goal> <end>
+        | <ask> <put> <thing> <on> the <stranger> <end>
+        | <ask> <put> <thing> (in|into|inside) the (<chest>|<stranger>) <end>
+        | <ask> <put> <the> <stranger> (in|into|inside|on) the (<chest>|<stranger>) <end>
+        | <ask> <pile> <the> <odd> <cube> <atop> <under> <end>
+        | <ask> <pile> <thing> <atop> the <odd> <cube> <end>
+        | <ask> <pile> <the> <stranger> <atop> the <stranger> <end>
+        | <ask> <shove> <the> <odd> <cube> (<left>|<right>|<forward>|<back>) <end>
+        | <ask> <shove> <the> <stranger> (<left>|<right>|<forward>|<back>) <end>
+        | <ask> (open|close|shut|pull open|push) the <stranger> <end>
+        | <ask> (open|close|shut) the <odd> <stranger> <end>
+        | <ask> (lock|paint|break|clean|empty|fill|unlock|sell|measure|remove|fix|repair|dust) the
+            <chest> <end>
+        | <ask> (paint|eat|throw|burn|wash|break|cut|spin|flip|rotate|hide|throw
+            away|squeeze|smash|drop|describe|measure|weigh|kiss|toss|turn
+            over|turn|count|sell|buy) <thing> <end>
+        | <ask> (throw|toss|give|hand|sell|show) me <thing> <end>
+        | <ask> <put> <thing> (next to|beside|near|far from|between|behind|left of|under) <under>
+            <end>
+        | <ask> (swap|exchange|switch|compare) <thing> and <under> <end>
+        | <ask> (pick up|take|grab|get|lift|raise|hold) (the|) {block} <end>
+        | <ask> (pick up|take|grab|get|lift|raise|hold) (the|a|some) <cube> <end>
+        | <ask> <put> <the> <cube> <on> <goal> <end>
+        | <ask> <put> it <on> <goal> <end>
+        | <ask> <put> <thing> <end>
+        | <ask> <put> <thing> (on|onto|to|at|on the|to the|on the pad|on the
+            target|there|here|somewhere|away|where it belongs) <end>
+        | <ask> <pile> <thing> (on|on top of|onto|on the|on top of the|) <end>
+        | <ask> stack (the blocks|them|everything|all blocks|these|two blocks|something) <end>
+        | <ask> <shove> <thing> <end>
+        | <ask> <shove> <the> <cube> (<left>|<right>|<forward>|<back>) <end>
+        | <ask> <shove> it (<left>|<right>|<forward>|<back>) <end>
+        | <ask> (push|move|go|slide|drive|turn|look) (<left>|<right>|<forward>|<back>)
+        | (<left>|<right>|<forward>|<back>)
+        | (open|close|shut|up|down|pull|push|lift|grab|stack|put)
+        | (open|close|shut|pull|push) (it|that|this|please|now|the thing|something)
+        | (don't|do not|never|please don't|you must not|stop trying to|whatever you do don't)
+            (<raise>|<grab>|touch|move|push) <thing> <end>
+        | (don't|do not|never|please don't|you must not) <put> <thing> <on> <goal> <end>
+        | (don't|do not|never|please don't|you must not) (open|close|touch) <the> <chest> <end>
+        | (why|when|how) (is|was|did you put|has someone put) <thing> <on> <goal>
+        | (why|when|how) is <the> <chest> (open|closed)
+        | (where|what|how big|how heavy|what colour|what size) is (<thing>|<goal>|<the> <chest>)
+        | (who|what) (put|moved|pushed|lifted|stole|made) <thing> (there|here|<on> <goal>|)
+        | (is|are) (<thing>|<goal>|<the> <chest>) (nice|heavy|new|open|red|broken|clean|far
+            away|made of wood)
+        | (i think|i believe|i guess|i saw that|yesterday) <thing> (is nice|is lovely|was
+            here|fell down|is heavy|is mine|looks dirty|was on the floor)
+        | the {block} (block|cube) and the {lower} (block|cube)
+        | (put|move|take|bring|get) everything (to|on) <goal> <end>
+        | (put|move|take) all (the|) (blocks|cubes) (on|to|into) (<goal>|the <chest>|a line|a
+            row|the middle|the left) <end>
+        | (bring|give|fetch|get|find|buy) me (a|the|some) <stranger> <end>
+        | (do you|did you|can you) (see|like|want|know|hear|understand) (me|<thing>|the
+            <stranger>|blocks)
+        | <jumble>
+    """)
 
 
 # ------------------------------------------------------------------------------ demonstrations
@@ -1346,7 +2136,9 @@ def demonstrate(env, seed, noise=1.0):
     An episode is one instruction, from the moment it is given until it is done or the next one, of
     any of the tasks, interrupts it. A disturbed action is executed, the clean one recorded."""
     rng = np.random.default_rng([seed, 1])
-    obs, info = env.reset(seed)
+    env.reset(seed)
+    env.pixel_noise = 0.0  # does not compress; train.py adds it
+    obs = env.observe()
     episodes, dropped = [], Counter()
     disturbance = Disturbance(rng, noise)
     requests = all_requests(env.tasks)
@@ -1356,8 +2148,9 @@ def demonstrate(env, seed, noise=1.0):
         for _ in range(rng.integers(4, 60) if goes_on else MAX_STEPS):
             action = expert(env)
             relabel = env.draw_request(rng, avoid=env.request) or env.request
-            labels = grounding(env, relabel, requests.index(relabel))
-            frame = obs | labels | dict(actions=action)
+            frame = (
+                obs | grounding(env, relabel, requests.index(relabel)) | dict(actions=action)
+            )
             obs, reward, terminated, truncated, info = env.step(disturbance.disturb(action))
             success = info["success"]
             frames.append(frame | dict(rewards=np.float32(reward), dones=np.uint8(success)))
@@ -1379,6 +2172,7 @@ def demonstrate(env, seed, noise=1.0):
                 success=success,
                 interrupted=not success,
                 scene_seed=seed,
+                randomize=env.randomize,
                 part=part,
                 block_colors=",".join(env.block_colors),
                 pad_colors=",".join(env.pad_colors),
@@ -1410,7 +2204,7 @@ def grounding(env, relabel, index):
 
 
 # -------------------------------------------------------------------------------- the data file
-SCHEMA = "picovla-3"
+SCHEMA = "picovla-4"
 CHUNK = 8  # frames per compressed chunk of a camera's pictures
 BATCH = 8  # scenes in a file of an unfinished recording
 
@@ -1420,8 +2214,7 @@ def write_episode(file, index, attrs, arrays):
 
     attrs: schema, total, seed, tasks, all_tasks (what `--tasks all` would have been), control_hz,
         action_names, proprio, privileged (comma lists of names), requests (JSON [{task, slots,
-        sentences}, ..]: all that can be asked for, each with its wordings), env_args (JSON, with
-        the cameras), versions, git_commit, settings (JSON), dropped (JSON), complete
+        intent}, ..]: all that can be asked for), env_args (JSON, with the cameras), versions, git_commit, settings (JSON), dropped (JSON), complete
     episode_0/
         attrs: instruction, task, slots (JSON), request (index in requests), things (2,) (what is
             to be moved and what it goes to: index among blocks, pads, the handle; -1: nothing),
@@ -1440,6 +2233,7 @@ def write_episode(file, index, attrs, arrays):
             relabel_action (T, 4) f4     and what the expert would do then
         actions (T, 4) f4    rewards (T,) f4    dones (T,) u1
         obs -> observations
+    wordings/push left (3000,) str       of each intent, and "none": sentences with {names} left open
     data/demo_0 -> episode_0             robomimic's view; mask/train, mask/valid list the demos
     """
     group = file.create_group(f"episode_{index}")
@@ -1460,7 +2254,7 @@ def write_episode(file, index, attrs, arrays):
     group.attrs.update(attrs)
 
 
-def start_worker(folder, world, noise):
+def start_worker(folder, world, noise, normal_share):
     """Prepares a process for record_batch."""
     global worker  # one a process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's
@@ -1470,13 +2264,13 @@ def start_worker(folder, world, noise):
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    worker = folder, Env(**world), noise
+    worker = folder, Env(**world), world.get("randomize", 0.0), noise, normal_share
 
 
 def record_batch(scenes):
     """Plays `scenes`, a range of seeds, into a file of their own, unless it is there already.
     Returns its path, its number of episodes, and why others were dropped."""
-    folder, env, noise = worker
+    folder, env, randomize, noise, normal_share = worker
     path = folder / f"{scenes[0]}.h5"
     if not path.exists():
         part = path.with_suffix(".tmp")
@@ -1484,6 +2278,8 @@ def record_batch(scenes):
         buffer = io.BytesIO()  # so that a full disk is Python's OSError
         with h5py.File(buffer, "w") as file:
             for seed in scenes:
+                normal = np.random.default_rng([seed, 3]).random() < normal_share
+                env.set_randomize(0.0 if normal else randomize)
                 episodes, lost = demonstrate(env, seed, noise)
                 dropped += lost
                 for attrs, arrays in episodes:
@@ -1495,7 +2291,7 @@ def record_batch(scenes):
         return path, len(file), Counter(json.loads(file.attrs["dropped"]))
 
 
-def generate(out, episodes, seed, shard, world, noise, workers):
+def generate(out, episodes, seed, shard, world, noise, normal_share, workers):
     """Writes `episodes` demonstrations to `out`, of scenes of the part `shard` (i, n) of the seed's.
     Finished batches wait in `out`.part, so that a killed run loses seconds; the content depends on
     neither kills nor workers."""
@@ -1504,7 +2300,15 @@ def generate(out, episodes, seed, shard, world, noise, workers):
     note = folder / "settings.json"
     code = zlib.crc32(Path(__file__).read_bytes())  # no mixture of two versions
     settings = json.dumps(
-        dict(world, seed=seed, shard=shard, noise=noise, schema=SCHEMA, code=code)
+        dict(
+            world,
+            seed=seed,
+            shard=shard,
+            noise=noise,
+            normal_share=normal_share,
+            schema=SCHEMA,
+            code=code,
+        )
     )
     if not note.exists():
         note.write_text(settings)
@@ -1521,7 +2325,9 @@ def generate(out, episodes, seed, shard, world, noise, workers):
     written = 0
     dropped = Counter()
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, start_worker, (folder, world, noise))
+    pool = ProcessPoolExecutor(
+        workers, spawn, start_worker, (folder, world, noise, normal_share)
+    )
     try:
         with tqdm(total=episodes, unit="episode", disable=None) as bar:
             for path, found, lost in pool.map(record_batch, batches):
@@ -1555,8 +2361,7 @@ def assemble(out, batches, world, **attrs):
     ).stdout.strip()
     requests = []
     for task, slots in all_requests(tasks):
-        sentences = [fill(pattern, slots) for pattern in patterns(task)]
-        requests.append(dict(task=task, slots=slots, sentences=sentences))
+        requests.append(dict(task=task, slots=slots, intent=intent(task, slots)))
     masks = dict(train=[], valid=[])
     samples = total = 0
     part = out.with_name(out.name + ".tmp")
@@ -1572,6 +2377,8 @@ def assemble(out, batches, world, **attrs):
                     masks[split_of(about["scene_seed"], tasks)].append(f"demo_{total}")
                     samples += int(about["num_samples"])
                     total += 1
+        for name, wordings in draw_wordings(tasks).items():
+            file[f"wordings/{name}"] = wordings
         for name, demos in masks.items():
             file[f"mask/{name}"] = np.array(demos, "S16")
         env_args = json.dumps(dict(env_name="picovla", type=2, env_kwargs=world))  # 2: Gym
@@ -1593,6 +2400,21 @@ def assemble(out, batches, world, **attrs):
             versions=f"mujoco {mujoco.__version__}, numpy {np.__version__}, h5py {h5py.__version__}",
         )
     part.replace(out)
+
+
+def draw_wordings(tasks):
+    """{intent: WORDINGS of it} for all that can be asked of these tasks, and for "none": what asks for
+    nothing, which are other tasks, too."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for task in TASKS:
+        for slots in slots_of(task, SLOTS):
+            name = intent(task, slots) if task in tasks else "other"
+            if name not in found:
+                found[name] = [make_wording(task, slots, rng) for _ in range(WORDINGS)]
+    strangers = found.pop("other", [])
+    found["none"] = [make_wording(*NOTHING, rng) for _ in range(3 * WORDINGS)] + strangers
+    return found
 
 
 def split_of(scene_seed, tasks):
@@ -1677,6 +2499,12 @@ def main():
     )
     add("--randomize_only", choices=tuple(FACTORS), help="let this alone differ (default all)")
     add(
+        "--normal_share",
+        type=number(float, 0, 1),
+        default=0.0,
+        help="share of the scenes that --randomize leaves as they are (default 0)",
+    )
+    add(
         "--noise",
         type=number(float, 0, 1),
         default=1.0,
@@ -1685,7 +2513,9 @@ def main():
     add(
         "--workers",
         type=number(int, 1, 61),
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        default=(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
         help="processes (default all cores); does not change the data",
     )
     add("--info", type=Path, metavar="FILE", help="only print what is in this data file")
@@ -1703,7 +2533,16 @@ def main():
     )
     if args.randomize:
         world.update(randomize=args.randomize, randomize_only=args.randomize_only)
-    generate(args.out, args.episodes, args.seed, args.shard, world, args.noise, args.workers)
+    generate(
+        args.out,
+        args.episodes,
+        args.seed,
+        args.shard,
+        world,
+        args.noise,
+        args.normal_share,
+        args.workers,
+    )
 
 
 if __name__ == "__main__":

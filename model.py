@@ -31,11 +31,12 @@ import re
 import subprocess
 import sys
 import textwrap
-import warnings
+import zlib
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class Config:
     # of the data file
     tasks: tuple = setting(("pick_place",), "what to learn: all, or a comma list")
     cameras: tuple = setting(("front", "wrist"), "comma list of the file's cameras to use")
-    words: tuple = ()  # every word of the training sentences
+    intents: tuple = ()  # what the training sentences ask for, names apart; the last is "none"
     state_keys: tuple = ("joint_pos", "ee_pos", "ee_vel", "gripper")
     state_size: int = 14  # S: numbers in them
     goal_size: int = 6  # G: object_pos and target_pos
@@ -126,9 +127,13 @@ class Config:
     )
     frames: int = setting(1, "pictures of each camera: the last ones, a control step apart")
     # language
-    text: str = setting("word", "tokens of the sentence", ("word", "char"))
+    text: str = setting(
+        "word",
+        "tokens of the sentence: words, each by its letters, or letters",
+        ("word", "char"),
+    )
     text_encoder: str = setting("transformer", "of the sentence", ("transformer", "lstm"))
-    max_text: int = 16  # L; shorter sentences are padded to it
+    max_text: int = 40  # L; shorter sentences are padded to it
     pointers: int = setting(
         1, "1: two pointers from words to patches, for the thing and its place", (0, 1)
     )
@@ -186,29 +191,41 @@ class Config:
 
 # -------------------------------------------------------------------------------------- text
 CHARS = " abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+NGRAMS = 24  # of a word, at most
+BUCKETS = 4096  # that they are hashed into
 
 
 def split(text):
     return re.findall(r"[\w']+", text.lower())
 
 
+@cache
+def ngrams(word):
+    """(NGRAMS,) int64: numbers of a word and of its parts of 3 to 5 letters, hashed, as in fastText
+    (arXiv:1607.04606), so that no word is unknown and a misspelt one is much like itself; 0: none.
+    """
+    word = f"<{word}>"
+    parts = [word]
+    for n in (3, 4, 5):
+        parts += [word[i : i + n] for i in range(len(word) - n + 1)]
+    numbers = np.zeros(NGRAMS, np.int64)
+    hashed = [1 + zlib.crc32(part.encode()) % (BUCKETS - 1) for part in dict.fromkeys(parts)]
+    numbers[: len(hashed)] = hashed[:NGRAMS]
+    return numbers
+
+
 def tokenize(text, config):
-    """Sentence to (L,) int64; 0 is padding. Raises ValueError for an unknown word (word text)."""
-    words = split(text)
-    for word in words:
-        if word not in config.words:
-            known = " ".join(config.words)
-            message = f"the model does not know the word {word!r}; it knows: {known}"
-            if config.text == "word":
-                raise ValueError(message)
-            warnings.warn(message)
-    tokens, vocabulary = words, config.words
+    """Sentence to (L, n) int64: of each word its NGRAMS, or of each letter one number; 0 is padding.
+    Raises ValueError for a sentence that is too long."""
     if config.text == "char":
-        tokens, vocabulary = " ".join(words), CHARS
-    ids = [vocabulary.index(token) + 1 for token in tokens if token in vocabulary]
-    if len(ids) > config.max_text:
-        raise ValueError(f"too long for {config.max_text} {config.text}s: {text!r}")
-    return torch.tensor(ids + [0] * (config.max_text - len(ids)))
+        tokens = [[1 + CHARS.index(char)] for char in text.lower() if char in CHARS]
+    else:
+        tokens = [ngrams(word) for word in split(text)]
+    if len(tokens) > config.max_text:
+        raise ValueError(f"longer than {config.max_text} {config.text}s: {text!r}")
+    row = np.zeros((config.max_text, 1 if config.text == "char" else NGRAMS), np.int64)
+    row[: len(tokens)] = tokens or 0
+    return torch.from_numpy(row)
 
 
 # -------------------------------------------------------------------------------------- parts
@@ -239,9 +256,10 @@ class Block(nn.Module):
     def forward(self, x):
         return self.attend(x)[0]
 
-    def attend(self, x, context=None):
+    def attend(self, x, context=None, mask=None):
         """(B, N, C) to (B, N, C), and attention logits (B, heads, N, N + E). The tokens attend to
-        themselves and to `context`, the keys() of E more tokens, which stay as they are."""
+        themselves and to `context`, the keys() of E more tokens, which stay as they are. mask:
+        (B, 1, 1, N) bool, which of them may be attended to."""
         y = self.norm1(x)
         q = self.by_head(self.q(y))
         kv = self.by_head(self.kv(y))
@@ -249,6 +267,8 @@ class Block(nn.Module):
             kv = torch.cat([kv, context], 2)
         k, v = kv.chunk(2, -1)
         logits = q @ k.mT * q.shape[-1] ** -0.5
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -1e4)
         x = x + self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
         hidden = F.relu(self.up(self.norm2(x))).square()  # Primer, arXiv:2109.08668
         return x + self.down(hidden), logits
@@ -341,9 +361,10 @@ class Vision(nn.Module):
 
     def forward(self, images):
         x = images.float()
-        some = x[:, :, ::8, ::8].flatten(2, 3)  # a few pixels
+        half = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))  # with less noise
+        some = half[:, :, ::4, ::4].flatten(2, 3)  # a few pixels
         median = some.median(2, keepdim=True).values[:, :, None]  # (B, V, 1, 1, 3)
-        distance = (x - median).abs().amax(-1)  # (B, V, H, W)
+        distance = (half - median).abs().amax(-1)  # (B, V, H / 2, W / 2)
         x = (x - self.image_mean) / self.image_std
         x = self.embed(x.flatten(0, 1)).unflatten(0, images.shape[:2])  # (B, V, C, side, side)
         tokens, scores = [], []
@@ -353,7 +374,7 @@ class Vision(nn.Module):
             if x.shape[-1] > 1:
                 view = view + sincos_2d(side, view.shape[2], view.device)
             tokens.append(view + self.view[i])
-            scores.append(F.max_pool2d(distance[:, i], images.shape[2] // side).flatten(1))
+            scores.append(F.max_pool2d(distance[:, i], half.shape[2] // side).flatten(1))
         kept = torch.cat(scores, 1).topk(self.keep).indices.sort().values
         x = torch.cat(tokens, 1).take_along_dim(kept[..., None], 1)
         return self.blocks(x), kept
@@ -371,16 +392,19 @@ def sincos_2d(side, width, device):
 
 # ----------------------------------------------------------------------------------- language
 class Text(nn.Module):
-    """Sentences (U, L) int64 to words in their context (U, L, C).
+    """Sentences (U, L, n) int64 to words in their context (U, L, C), zero where there is padding.
 
-    There is no padding mask: 0 is padding, a gap or a word left out, and its embedding is learned.
-    """
+    A convolution tells each word its neighbours before the transformer: which colour is said of
+    which thing is a matter of the words next to it."""
 
     def __init__(self, config):
         super().__init__()
         C = config.width
-        vocabulary = config.words if config.text == "word" else CHARS
-        self.embed = nn.Embedding(1 + len(vocabulary), C)
+        size = BUCKETS if config.text == "word" else 1 + len(CHARS)
+        self.table = nn.EmbeddingBag(size, C, mode="sum", padding_idx=0)
+        nn.init.normal_(self.table.weight, std=0.3)
+        nn.init.zeros_(self.table.weight[0])
+        self.neighbours = nn.Conv1d(C, C, 5, padding=2)
         self.lstm = None
         if config.text_encoder == "lstm":
             self.lstm = nn.LSTM(C, C // 2, batch_first=True, bidirectional=True)
@@ -388,11 +412,20 @@ class Text(nn.Module):
             self.position = nn.Parameter(torch.randn(config.max_text, C) * 0.02)
             self.blocks = encoder(config, config.layers)
 
+    def embed(self, text):
+        """The words as they are, (U, L, C)."""
+        return self.table(text.flatten(0, 1)).unflatten(0, text.shape[:2])
+
     def forward(self, text):
         words = self.embed(text)
+        words = words + self.neighbours(words.mT).mT
+        real = text[..., :1] > 0  # (U, L, 1)
         if self.lstm:
-            return self.lstm(words)[0]
-        return self.blocks(words + self.position)
+            return self.lstm(words)[0] * real
+        words = words + self.position[: text.shape[1]]
+        for block in self.blocks:
+            words, _ = block.attend(words, mask=real.mT[:, None])
+        return words * real
 
 
 class Pointers(nn.Module):
@@ -418,9 +451,9 @@ class Pointers(nn.Module):
         logits = self.word_norm(words) @ self.roles.T * self.roles.shape[1] ** -0.5
         return (logits - 1e4 * padding[..., None]).softmax(1).mT
 
-    def queries(self, words, padding, names):
-        """Words in their context (U, L, C), padding (U, L), bare names (U, L, C) to (U, 2, C)."""
-        return self.query(self.reading(words, padding) @ (self.word_norm(words) + names))
+    def queries(self, words, reading, names):
+        """Words in their context (U, L, C), reading (U, 2, L), bare names (U, L, C) to (U, 2, C)."""
+        return self.query(reading @ (self.word_norm(words) + names))
 
     def forward(self, queries, patches, picture):
         """Queries (R, 2, C) and patches (B, kept, C) to what they point at, (R, 2, C), and their
@@ -453,6 +486,12 @@ class Transformer(nn.Module):
         return self.norm(x[:, 0]), maps[..., -patches.shape[1] :]
 
 
+def mean_word(words):
+    """(U, L, C) to (U, C), without the padding, which is zero."""
+    n = (words != 0).any(2).sum(1, keepdim=True)
+    return words.sum(1) / n.clamp_min(1)
+
+
 class OneEach(nn.Module):
     """What the other fusions share: one vector for each modality, the mean of its tokens, and no
     attention map. build() makes the layers for n vectors, mix() one (R, C) of them (R, n, C).
@@ -466,7 +505,7 @@ class OneEach(nn.Module):
 
     def forward(self, patches, words, others, picture):
         seen = patches.mean(1)[picture][:, None]
-        x = torch.cat([seen, words.mean(1, keepdim=True), others], 1)
+        x = torch.cat([seen, mean_word(words)[:, None], others], 1)
         return self.norm(self.mix(x)), patches.new_zeros(len(words), 0, patches.shape[1])
 
 
@@ -666,8 +705,8 @@ class Policy(nn.Module):
 
     def predict(self, obs, language=None):
         """One action (A,) float32 in [-1, 1] for an observation dict and a sentence; call reset()
-        when an episode starts. Raises ValueError for an unknown word, or an observation that the
-        checkpoint cannot read."""
+        when an episode starts. Raises ValueError for a sentence that is too long, or an observation
+        that the checkpoint cannot read."""
         return self.act([obs], [language])[0]
 
     def save(self, path, **extra):
@@ -700,6 +739,15 @@ class Policy(nn.Module):
         return model.to(device).eval()
 
 
+class Heard(NamedTuple):
+    """What the encoder of text makes of U sentences."""
+
+    words: torch.Tensor  # (U, L, C) in their context
+    queries: torch.Tensor  # (U, 2, C) of the pointers, or (U, 0, C) without any
+    reading: torch.Tensor  # (U, 2, L) how much of its name each pointer finds at each word
+    intents: torch.Tensor  # (U, intents) logits of what is asked for
+
+
 class VLA(Policy):
     def __init__(self, config):
         super().__init__(config)
@@ -710,22 +758,35 @@ class VLA(Policy):
         self.text = Text(config)
         self.state = mlp(config.state_size, C, C) if config.state_size else None
         self.pointers = Pointers(config) if config.pointers else None
+        self.intent = None
+        if config.intents:
+            self.intent = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, len(config.intents)))
         self.fusion = FUSIONS[config.fusion](config)
         self.goal = nn.Linear(C, G)  # where thing and place are: an auxiliary answer
         self.head = HEADS[config.head](config, C + G + config.state_size)
 
     def encode_text(self, text, names=None):
-        """Sentences (U, L) to words in context (U, L, C), and the pointers' queries (U, 2, C), or
-        (U, 0, C) without pointers. names: the same sentences, if the colours in `text` are not
-        the true ones (train.py shuffles them there, so that nothing but the names can depend on
-        them)."""
+        """Sentences (U, L, n) to what is Heard. names: the same sentences, if the colours in `text`
+        are not the true ones (train.py shuffles them there, so that nothing but the names can
+        depend on them)."""
+        longest = max(1, int((text[..., 0] > 0).sum(1).max()))
+        text = text[:, :longest]
         words = self.text(text)
+        intents = self.intent(mean_word(words)) if self.intent else None
         if not self.pointers:
-            return words, words[:, :0]
+            return Heard(words, words[:, :0], None, intents)
         bare = 0  # characters name nothing
         if self.config.text == "word":
-            bare = self.text.embed(text if names is None else names)
-        return words, self.pointers.queries(words, text == 0, bare)
+            bare = self.text.embed(text if names is None else names[:, :longest])
+        reading = self.pointers.reading(words, text[..., 0] == 0)
+        return Heard(words, self.pointers.queries(words, reading, bare), reading, intents)
+
+    @torch.inference_mode()
+    def understands(self, sentence):
+        """The probability that a sentence asks for something that was taught."""
+        text = tokenize(sentence, self.config)[None].to(self.state_mean.device)
+        heard = self.encode_text(text)
+        return 1.0 if heard.intents is None else 1 - heard.intents.softmax(1)[0, -1].item()
 
     def forward(
         self,
@@ -738,16 +799,17 @@ class VLA(Policy):
         target=None,
         valid=None,
     ):
-        """images (B, V, H, W, 3) uint8, state (B, S), text (U, L) or what encode_text() makes of
+        """images (B, V, H, W, 3) uint8, state (B, S), text (U, L, n) or what encode_text() makes of
         it: each picture and each sentence is encoded once. Row i pairs picture[i] with sentence[i];
         by default picture i with sentence i.
 
         Returns actions (R, K, A), or with `target` (R, K, A) and `valid` (R, K) the head's error
         (R, K, A); goals (R, G) (metres, normalised); log-attention (R, M, P) on the patches of all
-        views in turn: of the two pointers, if any, then of two CLS heads, if any."""
+        views in turn: of the two pointers, if any, then of two CLS heads, if any; and what is Heard.
+        """
         patches, kept = self.vision(images)  # (B, kept, C), which patches they are
-        encoded = text if isinstance(text, tuple) else self.encode_text(text, names)
-        words, queries = (x[sentence] for x in encoded)  # (R, L, C), (R, 2, C)
+        heard = text if isinstance(text, Heard) else self.encode_text(text, names)
+        words, queries = heard.words[sentence], heard.queries[sentence]
         state = self.normalize(state)[picture]
         others, maps = queries, []
         if self.pointers:
@@ -765,7 +827,7 @@ class VLA(Policy):
             answer = self.head.error(features, target, valid)
         everywhere = maps.new_full((*maps.shape[:2], self.vision.patches), DROPPED)
         where = kept[picture][:, None].expand_as(maps)
-        return answer, goal, everywhere.scatter(2, where, maps)
+        return answer, goal, everywhere.scatter(2, where, maps), heard
 
     @torch.inference_mode()
     def plan(self, histories, sentences):
@@ -854,6 +916,6 @@ def explain_errors(script):
 
 
 if __name__ == "__main__":
-    model = VLA(Config(words=tuple(f"word{i}" for i in range(30))))
+    model = VLA(Config())
     for name, part in [*model.named_children(), ("all", model)]:
         print(f"{name:10}{sum(p.numel() for p in part.parameters()):12,}")

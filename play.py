@@ -41,6 +41,7 @@ from gen_data import (
     RayCamera,
     expert,
     number,
+    parse_instruction,
     task_list,
 )
 from model import POINTERS, VLA, Config, explain_errors, split, tokenize
@@ -193,16 +194,31 @@ class Scene:
         self.camera.light = like.light
         self.camera.strength = like.strength
         self.camera.refit()
-        self.tell(self.env.instruction if args.instruction is None else args.instruction)
+        self.done = False
+        if self.policy:
+            self.policy.reset()
+        if args.instruction is not None:
+            self.tell(args.instruction)
 
     def tell(self, sentence):
-        """A sentence to obey from now on. Raises ValueError if it is not understood."""
-        if self.policy:
-            self.policy.predict(self.obs, sentence)  # does it know the words?
-            self.policy.reset()
-        self.env.set_instruction(sentence)
+        """A sentence to obey from now on. Raises ValueError if it asks for nothing that was taught, or
+        for a block or pad that is not there."""
+        if self.policy and self.policy.understands(sentence) < 0.5:
+            raise ValueError(
+                f"{sentence!r} does not seem to ask for anything that this policy was taught: "
+                f"{', '.join(self.policy.config.tasks)}"
+            )
+        try:
+            request = parse_instruction(sentence)
+        except ValueError:  # keywords do not tell, but the policy may know; nobody keeps score
+            if not self.policy:
+                raise
+            request = self.env.request
+        self.env.set_request(request, sentence)
         self.obs = self.env.observe()
         self.done = False
+        if self.policy:
+            self.policy.reset()
 
     def step(self):
         if self.policy:
@@ -245,8 +261,7 @@ def look_inside(scene):
     past = policy.memory[0].observations if policy.memory else []
     images, state = policy.read_observations([[scene.obs, *past]])
     text = tokenize(scene.env.instruction, policy.config)[None]
-    actions, _, attention = policy(images, state, text)
-    reading = policy.pointers.reading(policy.text(text), text == 0)
+    actions, _, attention, heard = policy(images, state, text)
     heat = []
     attention = attention[:, : len(POINTERS)].exp()  # (1, 2, P)
     sides = policy.vision.sides
@@ -254,7 +269,7 @@ def look_inside(scene):
     for side, view in zip(sides[: len(scene.env.cameras)], views):  # the newest pictures
         grid = view.unflatten(2, (side, side))
         heat.append(torch.nn.functional.interpolate(grid, images.shape[2]))
-    return actions[0], torch.cat(heat), reading[0]
+    return actions[0], torch.cat(heat), heard.reading[0]
 
 
 def draw_pipeline(scene, path):
@@ -336,6 +351,7 @@ def replay(file, first, episodes):
         episode = file[f"episode_{i}"]
         about = episode.attrs
         if about["part"] == 0:
+            env.set_randomize(about["randomize"])
             env.reset(about["scene_seed"])
         env.set_request((about["task"], json.loads(about["slots"])), about["instruction"])
         for action in episode["actions"]:

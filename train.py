@@ -1,7 +1,7 @@
 """Trains a policy on the demonstrations and says how well it does on scenes it has never seen.
 
     python train.py --steps 2000                       # 8 to 14 minutes on 2 cores, data included
-    python train.py --tasks all --steps 6000 --out_dir out_all             # about half an hour
+    python train.py --tasks all --out_dir out_all      # an hour; in any light
     python train.py --model bc --out_dir out_bc        # the behaviour-cloning baseline
     python train.py --recipe classic --out_dir out_c   # the setting of tutorials, see RECIPES
     torchrun --standalone --nproc_per_node=2 train.py  # data-parallel
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -37,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import POLICIES, Config, add_flags, code_version, explain_errors, load_file, one_line
-from model import setting, split, tokenize
+from model import setting, tokenize
 
 explain_errors("train.py")
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -98,21 +99,13 @@ class Settings(Config):
         "times the gripper's error counts where it should let go of a thing at its place",
         low=0,
     )
+    language_weight: float = setting(
+        0.2,
+        "weight of telling what a sentence asks for and which words name thing and place",
+        low=0,
+    )
     # instructions
-    word_dropout: float = setting(
-        0.1,
-        "share of words that are left out, but for those that carry the meaning",
-        low=0,
-        high=1,
-        needs=("model", ("vla",)),
-    )
-    position_gaps: int = setting(
-        1,
-        "1: gaps at random between the words, so that their order counts, not their places",
-        (0, 1),
-        low=0,
-        needs=("text", ("word",)),
-    )
+    typos: float = setting(0.04, "share of words that are misspelt", low=0, high=1)
     shuffle_names: int = setting(
         1,
         "1: other colours in the words in context; only the pointers' names depend on them",
@@ -125,7 +118,13 @@ class Settings(Config):
         "", "a file or 'shards/*.h5'; made if missing (default data/demos.h5, or data/TASKS.h5)"
     )
     episodes: int = setting(
-        0, "how many to make if missing; 0: 3000, or 8000 for all tasks", low=0, high=100_000
+        3000, "how many to make if missing; 6000 for all tasks", high=100_000
+    )
+    randomize: float = setting(
+        0.0,
+        "how far two scenes in three are from the normal world, in demonstrations to be made",
+        low=0,
+        high=1,
     )
     max_episodes: int = setting(
         0, "learn from the file's first ones only; 0: all", low=0, high=10**9
@@ -161,13 +160,15 @@ RECIPES = dict(
         goal_weight=0.0,
         relabel=0.0,
         release_weight=1.0,
-        word_dropout=0.0,
+        language_weight=0.0,
+        typos=0.0,
         optimizer="adamw",
         adam_lr=1e-4,
         batch_size=32,
     ),
 )
 BC = dict(state="full", cameras=(), chunk=1, optimizer="adamw")
+ALL = dict(steps=7500, episodes=6000, randomize=1.0)  # of --tasks all
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -199,10 +200,11 @@ out_dir, resume, overwrite = said.pop("out_dir"), said.pop("resume"), said.pop("
 out_dir = resume or out_dir
 saved = load_file(out_dir / "resume.pt") if resume else {}
 chosen = RECIPES[said.get("recipe", "picovla")] | (BC if said.get("model") == "bc" else {})
-chosen = chosen | saved.get("settings", {}) | said  # explicit flags win
+chosen |= ALL if said.get("tasks") == ("all",) else {}
+chosen |= saved.get("settings", {}) | said  # explicit flags win
 with explained(f"{out_dir}/resume.pt was begun by another train.py"):
     settings = Settings(**chosen)
-settings.max_text = 16 if settings.text == "word" else 96
+settings.max_text = 40 if settings.text == "word" else 200
 settings.check(said)
 if settings.model == "bc":
     inside = vars(Config()).keys() - {"model", "tasks", "chunk", "state"}
@@ -232,10 +234,10 @@ class Batch(NamedTuple):
     # what VLA.forward takes, in its order
     images: torch.Tensor  # (B, V, H, W, 3) uint8
     state: torch.Tensor  # (B, S) float32
-    text: torch.Tensor  # (U, L) int64, as words in their context
+    text: torch.Tensor  # (U, L, n) int64, as words in their context
     picture: torch.Tensor  # (R,) which frame
     sentence: torch.Tensor  # (R,) which sentence
-    names: torch.Tensor  # (U, L) int64, as bare names
+    names: torch.Tensor  # (U, L, n) int64, as bare names
     target: torch.Tensor  # (R, K, A) the expert's actions
     valid: torch.Tensor  # (R, K) bool: whether they are known
     # what else the losses need
@@ -243,6 +245,8 @@ class Batch(NamedTuple):
     goal: torch.Tensor  # (R, G) m, world frame: thing and place
     patch: torch.Tensor  # (R, 2, V') int64: where those two are seen,
     visible: torch.Tensor  # (R, 2, V') in which of the newest pictures
+    intent: torch.Tensor  # (U,) int64: what each sentence asks for, index in config.intents
+    place: torch.Tensor  # (U, 2) int64: the word that names thing and place, -1: none
 
 
 class Demonstrations:
@@ -279,8 +283,12 @@ class Demonstrations:
         proprio, privileged = attrs["proprio"].split(","), attrs["privileged"].split(",")
         keys = dict(proprio=proprio, full=proprio + privileged, none=[])
         settings.state_keys = tuple(keys[settings.state])
-        sentences = [text for request in self.requests for text in request["sentences"]]
-        settings.words = tuple(sorted(set(split(" ".join(sentences)))))
+        self.wordings = {
+            name: wordings.asstr()[:] for name, wordings in files[0]["wordings"].items()
+        }
+        settings.intents = (*sorted(self.wordings.keys() - {"none"}), "none")
+        # of the kinds of changed worlds, light and noise are cheap to have more of
+        self.randomized = json.loads(attrs["env_args"])["env_kwargs"].get("randomize", 0.0)
 
         episodes, held_out = [], []
         for file in files:
@@ -359,17 +367,17 @@ class Demonstrations:
         settings.state_size, settings.goal_size = self.state.shape[1], self.goal.shape[2]
         settings.action_size, settings.image_size = self.action.shape[2], size
 
-    def batch(self, frames, wordings, sides, settings, rng):
+    def batch(self, frames, wordings, sides, settings, rng, augment):
         """The Batch of `frames` (B,) int64, of which the first ones are shown again with another
-        instruction. sides: patches across in each view."""
+        instruction. sides: patches across in each view. augment: whether in other light."""
         B = len(frames)
         relabelled = int(settings.relabel * B) if settings.model == "vla" else 0
         row = torch.arange(B + relabelled)
         picture, instruction = row % B, row // B
         rows = frames[picture]
         at = instruction, rows
-        distinct, sentence = self.request[at].unique(return_inverse=True)
-        text, names = wordings.draw(distinct.tolist(), rng)
+        requests, sentence = share(self.request[at])
+        heard = wordings.draw(requests.tolist(), rng)
         moments = frames[:, None] - torch.arange(settings.frames)  # newest first
         moments = moments.maximum(self.start[frames, None])
         ahead = rows[:, None] + torch.arange(settings.chunk)
@@ -394,11 +402,12 @@ class Demonstrations:
         side = torch.tensor(sides[: uv.shape[2]])
         first = (side**2).cumsum(0) - side**2
         cell = (uv * side[:, None]).long().clamp_min(0).minimum(side[:, None] - 1)
+        images = self.images[moments].flatten(1, 2)
+        if self.randomized and augment:
+            images = other_light(images, self.randomized)
         tensors = dict(
-            images=self.images[moments].flatten(1, 2),
+            images=images,
             state=self.state[frames],
-            text=text,
-            names=names,
             picture=picture,
             sentence=sentence,
             target=target,
@@ -407,83 +416,114 @@ class Demonstrations:
             goal=goal,
             patch=first + cell[..., 1] * side + cell[..., 0],
             visible=(uv[..., 0] >= 0) & (things >= 0)[..., None],
+            **heard,
         )
         return Batch(**{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
+def share(requests, rows=3):
+    """Lets at most so many rows of the same request have a sentence in common, since encoding it costs
+    as much as a picture: the requests (U,) of the sentences, and which of them each row has."""
+    order = requests.argsort(stable=True)
+    _, group, count = requests[order].unique_consecutive(
+        return_inverse=True, return_counts=True
+    )
+    rank = torch.arange(len(requests)) - (count.cumsum(0) - count)[group]
+    key = torch.empty_like(requests)
+    key[order] = requests[order] * len(requests) + rank // rows
+    key, sentence = key.unique(return_inverse=True)
+    return key // len(requests), sentence
+
+
+def other_light(images, amount):
+    """Every second one of the pictures (B, V, H, W, 3) uint8 in other light, or seen by a noisy camera:
+    what differs among the worlds of --randomize and needs no simulator."""
+    B, V = images.shape[:2]
+
+    def around(center, width, *shape):
+        return center + amount * width * (2 * torch.rand(shape) - 1)
+
+    bright = around(1, 0.2, B, 1, 1, 1, 1) * around(1, 0.1, B, V, 1, 1, 3)
+    noise = torch.randn(images[::2].shape) * around(0, 8, B, 1, 1, 1, 1)[::2]  # of 255
+    images = images.clone()
+    images[::2] = (images[::2] * bright[::2] + noise).clamp(0, 255).to(torch.uint8)
+    return images
+
+
 class Wordings:
-    """The sentences of each request as tokens, and how training varies them."""
+    """Sentences, worded afresh at every step. wordings: {intent: sentences with {names} left open}."""
 
-    def __init__(self, requests, settings):
+    NONE = 16  # sentences in a batch that ask for nothing
+    LONGEST = 24  # words, of a sentence to train on: the longest of a batch sets its cost
+
+    def __init__(self, requests, wordings, settings):
         self.settings = settings
-        self.tokens = [
-            torch.stack([tokenize(sentence, settings) for sentence in request["sentences"]])
-            for request in requests
-        ]
-        meaning, names = set(), set()  # words that tell requests apart; names of things
-        for task in {request["task"] for request in requests}:
-            mine = [
-                set(split(" ".join(request["sentences"])))
-                for request in requests
-                if request["task"] == task
-            ]
-            meaning |= set.union(*mine) - set.intersection(*mine)
+        self.wordings = {}  # each a list of words
+        for intent, sentences in wordings.items():
+            split = [re.findall(r"{\w+}|[\w']+", sentence) for sentence in sentences]
+            self.wordings[intent] = [words for words in split if len(words) <= self.LONGEST]
+        every = set(itertools.chain(*itertools.chain(*self.wordings.values())))
+        self.requests, names = [], set()
         for request in requests:
-            names |= {request["slots"].get(slot) for slot in ("block", "pad", "lower")}
-
-        def numbers(words):
-            return torch.tensor(
-                [i + 1 for i, word in enumerate(settings.words) if word in words]
-            )
-
-        self.meaning, self.names = numbers(meaning), numbers(names)
+            slots = {"{%s}" % slot: word for slot, word in request["slots"].items()}
+            slots = {slot: word for slot, word in slots.items() if slot in every}
+            self.requests.append((request["intent"], slots))
+            names.update(slots.values())
+        self.names = sorted(names)
+        self.open = sorted(word for word in every if word.startswith("{"))
 
     def draw(self, requests, rng):
-        """Text and names (U, L) for the distinct requests, each worded in one way: as words in their
-        context, some of them left out and with other colours, and as they are; both with gaps.
-        Characters are left as they are.
+        """What a Batch holds of language: text, names, intent and place, of a sentence for each of the
+        distinct requests and of NONE more."""
+        sentences = [self._draw(*self.requests[request], rng) for request in requests]
+        for _ in range(self.NONE if "none" in self.wordings else 0):
+            slots = dict(zip(self.open, rng.permutation(self.names).tolist()))
+            sentences.append(self._draw("none", slots, rng))
+        text, names, intent, place = zip(*sentences)
+        return dict(
+            text=torch.stack(text),
+            names=torch.stack(names),
+            intent=torch.tensor(intent),
+            place=torch.tensor(place),
+        )
 
-        Words left out teach other wordings than those of the file. So do gaps: a longer sentence has
-        words at places where there was never one (randomized positions, arXiv:2305.16843)."""
+    def _draw(self, intent, slots, rng):
+        """One sentence: text and names (L, n), intent, place (2,). With other names in the text, the
+        context cannot depend on them."""
         settings = self.settings
-        names = []
-        for request in requests:
-            choice = self.tokens[request]
-            names.append(choice[rng.integers(len(choice))])
-        if settings.text == "char":
-            return torch.stack(names), torch.stack(names)
-        if settings.position_gaps:
-            names = [self._with_gaps(sentence, rng) for sentence in names]
-        names = torch.stack(names)
-        keep = torch.from_numpy(rng.random(names.shape) >= settings.word_dropout)
-        keep |= torch.isin(names, self.meaning)
-        text = names.clone()
-        if settings.pointers and settings.shuffle_names:
-            for row in text:
-                other = torch.arange(len(settings.words) + 1)
-                other[self.names] = self.names[rng.permutation(len(self.names))]
-                row[:] = other[row]
-        return text * keep, names
+        choice = self.wordings[intent]
+        wording = choice[rng.integers(len(choice))]
+        place = [-1, -1]
+        if intent != "none" and settings.text == "word":
+            place[: len(slots)] = [wording.index(slot) for slot in slots]
+        words = [self._misspell(word, rng) for word in wording]
+        other = dict(zip(self.names, rng.permutation(self.names).tolist()))
+        if settings.text == "char" or not settings.pointers or not settings.shuffle_names:
+            other = {}
+        names = " ".join(slots.get(word, word) for word in words)
+        text = " ".join(other.get(slots.get(word), slots.get(word, word)) for word in words)
+        text, names = tokenize(text, settings), tokenize(names, settings)
+        return text, names, settings.intents.index(intent), place
 
-    def _with_gaps(self, sentence, rng):
-        """The tokens (L,) in order at random places, from side by side to all over the row."""
-        words = sentence[sentence > 0]
-        room = len(words) + rng.integers(len(sentence) - len(words) + 1)
-        places = np.sort(rng.permutation(room)[: len(words)])
-        spread = torch.zeros_like(sentence)
-        spread[places] = words
-        return spread
+    def _misspell(self, word, rng):
+        """The word, or one time in many with a letter left out, doubled or swapped with the next."""
+        if len(word) < 3 or word.startswith("{") or rng.random() >= self.settings.typos:
+            return word
+        i = rng.integers(len(word) - 1)
+        middle = ("", 2 * word[i] + word[i + 1], word[i + 1] + word[i])[rng.integers(3)]
+        return word[:i] + (middle or word[i + 1]) + word[i + 2 :]
 
 
 # ------------------------------------------------------------------------------------ losses
 def compute_losses(net, batch, model):
     """The terms of the loss on a batch, by name: how far off are the actions, the read-out of thing
-    and place (smooth L1, normalised), and the attention on their patches (cross-entropy)."""
+    and place (smooth L1, normalised), the attention on their patches, and what a sentence asks for
+    and where its names are (cross-entropy)."""
     if model.config.model == "bc":
         error = (net(batch.state) - batch.target).abs()
     else:
         with autocast:
-            error, goal, attention = net(*batch[:8])
+            error, goal, attention, heard = net(*batch[:8])
     error = (error.float() * batch.weight).mean(-1) * batch.valid  # (R, K)
     B, R = len(batch.state), len(batch.target)
     action = error[:B].sum() / batch.valid[:B].sum() + error[B:].sum() / max(R - B, 1)
@@ -499,6 +539,11 @@ def compute_losses(net, batch, model):
             1
         )
         terms["attention"] = -seen.mean()
+    if heard.intents is not None:
+        terms["language"] = F.cross_entropy(heard.intents.float(), batch.intent)
+    if heard.reading is not None:
+        found = heard.reading.float().gather(2, batch.place[..., None].clamp_min(0))[..., 0]
+        terms["language"] += -((found + 1e-9).log() * (batch.place >= 0)).mean()
     return terms
 
 
@@ -579,17 +624,18 @@ files = sorted(glob.glob(settings.data))
 if not files:
     if RANKS > 1 or glob.has_magic(settings.data):
         raise ValueError(f"there is no {settings.data}; gen_data.py makes demonstrations")
-    episodes = settings.episodes or (3000 if settings.tasks == Config.tasks else 8000)
     print(
-        f"{settings.data} is not there: making {episodes} demonstrations, about "
-        f"{max(1, round(episodes / 1000))} minutes on 2 cores",
+        f"{settings.data} is not there: making {settings.episodes} demonstrations, about "
+        f"{max(1, round(settings.episodes / 1000))} minutes on 2 cores",
         flush=True,
     )
     failed = run(
         "gen_data.py",
-        f"--episodes={episodes}",
+        f"--episodes={settings.episodes}",
         f"--out={settings.data}",
         f"--tasks={','.join(settings.tasks)}",
+        f"--randomize={settings.randomize}",
+        "--normal_share=0.35",
         f"--cameras={','.join(dict.fromkeys(Config.cameras + settings.cameras))}",
     )
     if failed:
@@ -600,7 +646,7 @@ with explained(f"{settings.data} cannot be used"):
     demos = Demonstrations(files, settings, chosen)
 settings.check()
 config = Config(**{name: getattr(settings, name) for name in vars(Config())})
-wordings = Wordings(demos.requests, settings)
+wordings = Wordings(demos.requests, demos.wordings, settings)
 
 torch.manual_seed(settings.seed)
 model = POLICIES[config.model](config)
@@ -622,7 +668,12 @@ net = DistributedDataParallel(model) if RANKS > 1 else model
 if settings.compile:
     net = torch.compile(net)
 optimizers = make_optimizers(model, settings)
-weights = dict(action=1.0, goal=settings.goal_weight, attention=settings.attention_weight)
+weights = dict(
+    action=1.0,
+    goal=settings.goal_weight,
+    attention=settings.attention_weight,
+    language=settings.language_weight,
+)
 
 digest = hashlib.sha256()
 for x in (demos.images[::97], demos.action, demos.request, demos.goal):
@@ -653,10 +704,10 @@ print(
 )
 
 
-def draw(frames, rng):
+def draw(frames, rng, augment=False):
     """This process's share of a batch of `frames`, see Demonstrations.batch."""
     mine = torch.from_numpy(frames[RANK::RANKS])
-    return demos.batch(mine, wordings, sides, settings, rng)
+    return demos.batch(mine, wordings, sides, settings, rng, augment)
 
 
 def average(value):
@@ -693,7 +744,7 @@ bar = tqdm(range(first_step, settings.steps), disable=RANK > 0 or None)  # None:
 for step in bar:
     rng = np.random.default_rng([settings.seed, step])  # a batch is a function of seed and step
     torch.manual_seed(1_000_000 * settings.seed + step + 10**12 * RANK)
-    batch = draw(rng.choice(demos.train, settings.batch_size), rng)
+    batch = draw(rng.choice(demos.train, settings.batch_size), rng, augment=True)
     terms = compute_losses(net, batch, model)
     loss = sum(weights[name] * value for name, value in terms.items())
     if not torch.isfinite(loss):
