@@ -196,17 +196,20 @@ def read_instructions(path):
         slots = TASKS[task].slots if task in TASKS else ()
         other = [slot for slot in slots if slot not in NAMES]
         words = dict(zip(other, rest[1:]))
-        named = (
-            all("{%s}" % slot in rest[0] for slot in slots if slot in NAMES) if rest else False
-        )
         said = all(words.get(slot) in SLOTS[slot] for slot in other)
+        try:
+            example = rest[0].format(block="red", pad="green", lower="blue")
+            named = all("{%s}" % slot in rest[0] for slot in slots if slot in NAMES)
+        except (IndexError, KeyError, ValueError):
+            named = False
         if task not in (*TASKS, "none") or not named or not said:
             needed = " ".join("{%s}" % slot for slot in slots)
             raise ValueError(
-                f"{path}: {line!r} should be a task, a tab, a sentence with its names in braces, and for "
-                f"push and drawer a tab and the direction or way ({needed})"
+                f"{path}: {line!r} should be a task ({', '.join(TASKS)}, none), a tab, a sentence "
+                f"with its names in braces ({needed}), and for push and drawer a tab and the "
+                f"direction or way"
             )
-        found.append((task, rest[0], words))
+        found.append((task, example if task == "none" else rest[0], words))
     if not found:
         raise ValueError(f"{path} is empty; give lines of a task, a tab and a sentence")
     return found
@@ -247,9 +250,10 @@ class Episode:
         self.declined = False
         if wording:
             self.sentence = wording.format(**env.slots)
-            self.declined = run.model.understands(self.sentence) < 0.5
         if self.control == "deaf":
             self.sentence = ""
+        if run.model and self.control == "none":  # play.py would not do it
+            self.declined = run.model.understands(self.sentence) < 0.5
         if self.control == "swap":
             self.meaning = env.meaning  # of the original
             self.tell_another()
@@ -481,8 +485,11 @@ def main():
                 (seed, dict(task=task, slots=slots))
                 for seed, (task, _, slots) in enumerate(told, args.seed)
             ]
-            runs.append(Run(kind, model, asked, prefix + "demonstrated wordings"))
-            runs.append(Run(kind, model, asked, prefix + "these wordings", wordings=wordings))
+            if told:
+                runs.append(Run(kind, model, asked, prefix + "demonstrated wordings"))
+                runs.append(
+                    Run(kind, model, asked, prefix + "these wordings", wordings=wordings)
+                )
         else:
             runs.append(Run(kind, model, scenes, prefix + kind))
         if args.controls and kind == "vla":
@@ -499,8 +506,9 @@ def main():
     print(", ".join(f"{key} {value}" for key, value in fingerprint.items()))
     for model in models:
         print(f"{model.path}: step {model.step}, {model.fingerprint}")
+    count = max([len(run.scenes) for run in runs], default=0)
     print(
-        f"{args.episodes} scenes from seed {args.seed} ({args.range}), split {args.split}; "
+        f"{count} scenes from seed {args.seed} ({args.range}), split {args.split}; "
         f"success [95% Wilson interval]"
     )
 
@@ -530,11 +538,14 @@ def main():
         if args.out:
             for result in results:
                 print(json.dumps(about | result), file=log, flush=True)
-    print_table(columns)
+    if columns:
+        print_table(columns)
     nothing = [sentence for task, sentence, _ in lines if task == "none"]
     for model in models if nothing else ():
         k, n = sum(model.understands(sentence) < 0.5 for sentence in nothing), len(nothing)
-        rows.append(dict(label=model.path, task="none", k=k, n=n))
+        rows.append(
+            dict(label=model.path, ckpt=model.path, control="declined", task="none", k=k, n=n)
+        )
         print(f"{model.path} declines {percent(k, n)} of the sentences that ask for nothing")
     if args.out:
         args.out.write_text(json.dumps(dict(rows=rows, fingerprint=fingerprint), indent=1))

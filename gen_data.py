@@ -175,10 +175,10 @@ def make_wording(task, slots, rng, held_out=False):
     the whole sentence, and in every second choice of words."""
 
     def draw(rule, held_out):
-        marked = [choice for choice in rule if choice.startswith("*")]
-        if not (held_out and marked):
-            marked = [choice for choice in rule if not choice.startswith("*")]
-        return marked[rng.integers(len(marked))].lstrip("*")
+        choices = [choice for choice in rule if choice.startswith("*")]
+        if not (held_out and choices):
+            choices = [choice for choice in rule if not choice.startswith("*")]
+        return choices[rng.integers(len(choices))].lstrip("*")
 
     def replace(match):
         if match["rule"]:
@@ -200,7 +200,8 @@ def make_wording(task, slots, rng, held_out=False):
 def make_instruction(request, rng, held_out=False):
     """A sentence for the request, its wording drawn by `rng`."""
     task, slots = request
-    return make_wording(task, slots, rng, held_out).format(**slots)
+    text = make_wording(task, slots, rng, held_out).format(**slots)
+    return text if len(text.split()) <= 40 else make_instruction(request, rng, held_out)
 
 
 def words_of(*rules):
@@ -216,8 +217,8 @@ def parse_instruction(text):
     block's, the second the pad's, unless something is stacked. A direction or open and close is the one
     with the most words of its rule."""
     words = re.findall(r"[\w']+", text.lower())
-    blocks = words_of("cube", "thing", "under", "atop", "on")
-    pads = words_of("rim") - blocks
+    blocks = words_of("cube")
+    pads = words_of("rim") - words_of("cube", "thing", "under", "atop", "on", "put")
     stacked = not {"stack", "top", "tower", "pile", "atop", "base"}.isdisjoint(words)
     slots = {}
     for word, following in zip(words, words[1:] + [""]):
@@ -239,10 +240,10 @@ def parse_instruction(text):
         own = {}
         for word, names in rules.items():
             strangers = [name for name in itertools.chain(*rules.values()) if name not in names]
-            own[word] = words_of(*names) - words_of(*strangers)
+            own[word] = words_of(*names) - words_of(*strangers) - {"of", "from", "are", "where"}
         count = {word: sum(w in own[word] for w in words) for word in own}
         best = max(count, key=count.get)
-        lifted = not {"lift", "raise", "up", "hold", "hoist", "air"}.isdisjoint(words)
+        lifted = not {"lift", "raise", "up", "hold", "air", "grab", "grasp"}.isdisjoint(words)
         if count[best] and not lifted:
             slots[other] = best
     tasks = [task for task in TASKS if set(TASKS[task].slots) == set(slots)]
@@ -2218,8 +2219,8 @@ def write_episode(file, index, attrs, arrays):
     episode_0/
         attrs: instruction, task, slots (JSON), request (index in requests), things (2,) (what is
             to be moved and what it goes to: index among blocks, pads, the handle; -1: nothing),
-            num_samples, success, interrupted, scene_seed, part (how many instructions came before
-            it in this scene), block_colors, pad_colors ("red,blue,..")
+            num_samples, success, interrupted, scene_seed, randomize (of its world), part (how
+            many instructions came before it in this scene), block_colors, pad_colors ("red,blue,..")
         observations/
             front_image, wrist_image     (T, 64, 64, 3) u1, one per camera
             joint_pos (T, 7) f4 rad      ee_pos (T, 3) f4 m      ee_vel (T, 3) f4 m/s
@@ -2233,7 +2234,7 @@ def write_episode(file, index, attrs, arrays):
             relabel_action (T, 4) f4     and what the expert would do then
         actions (T, 4) f4    rewards (T,) f4    dones (T,) u1
         obs -> observations
-    wordings/push left (3000,) str       of each intent, and "none": sentences with {names} left open
+    wordings/push left (3000,) str       of each intent, more of "none"; {names} left open
     data/demo_0 -> episode_0             robomimic's view; mask/train, mask/valid list the demos
     """
     group = file.create_group(f"episode_{index}")
@@ -2406,14 +2407,16 @@ def draw_wordings(tasks):
     """{intent: WORDINGS of it} for all that can be asked of these tasks, and for "none": what asks for
     nothing, which are other tasks, too."""
     rng = np.random.default_rng(0)
-    found = {}
+    asked, others = {}, {}
     for task in TASKS:
         for slots in slots_of(task, SLOTS):
-            name = intent(task, slots) if task in tasks else "other"
-            if name not in found:
-                found[name] = [make_wording(task, slots, rng) for _ in range(WORDINGS)]
-    strangers = found.pop("other", [])
-    found["none"] = [make_wording(*NOTHING, rng) for _ in range(3 * WORDINGS)] + strangers
+            (asked if task in tasks else others)[intent(task, slots)] = task, slots
+    found = {}
+    for name, request in asked.items():
+        found[name] = [make_wording(*request, rng) for _ in range(WORDINGS)]
+    found["none"] = [make_wording(*NOTHING, rng) for _ in range(3 * WORDINGS)]
+    for request in others.values():
+        found["none"] += [make_wording(*request, rng) for _ in range(WORDINGS // len(others))]
     return found
 
 

@@ -10,7 +10,7 @@ prints its parts and their sizes.
                             │                                         └─────────────┘       goal ──┤
                             └──────────────────────────────────────────────────────────────────────┴▶ head
 
-A sentence reaches the action like this: `tokenize` makes word numbers, `Text` words in their
+A sentence reaches the action like this: `tokenize` makes numbers of letters, `Text` words in their
 context, `Pointers` looks in the patches for what the words name, `fusion` mixes what it found with
 the mean word and everything else, `goal` reads off where thing and place are, and the head turns
 all that into K actions.
@@ -18,8 +18,8 @@ all that into K actions.
 Dimension letters, used everywhere: B batch (moments), V views (pictures of a moment: every
 camera's newest, then the ones before), H W pixels, P patches of all views, L text tokens, N tokens
 of any kind, E more of them, C width, S state numbers, G goal numbers, K actions in a chunk, A
-numbers in an action; U distinct sentences, R rows (pairs of a moment and a sentence), M attention
-maps.
+numbers in an action; n numbers of a token; U distinct sentences, R rows (pairs of a moment and a
+sentence), M attention maps.
 """
 
 import argparse
@@ -42,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 POINTERS = ("thing", "place")  # what is to be moved, and what it is to be moved to
 DROPPED = -20.0  # log-attention on a patch that was not kept: next to none
@@ -259,7 +260,7 @@ class Block(nn.Module):
     def attend(self, x, context=None, mask=None):
         """(B, N, C) to (B, N, C), and attention logits (B, heads, N, N + E). The tokens attend to
         themselves and to `context`, the keys() of E more tokens, which stay as they are. mask:
-        (B, 1, 1, N) bool, which of them may be attended to."""
+        (B, 1, 1, N + E) bool, which of them may be attended to."""
         y = self.norm1(x)
         q = self.by_head(self.q(y))
         kv = self.by_head(self.kv(y))
@@ -421,7 +422,9 @@ class Text(nn.Module):
         words = words + self.neighbours(words.mT).mT
         real = text[..., :1] > 0  # (U, L, 1)
         if self.lstm:
-            return self.lstm(words)[0] * real
+            lengths = real.sum((1, 2)).clamp_min(1).cpu()
+            packed = pack_padded_sequence(words, lengths, True, enforce_sorted=False)
+            return pad_packed_sequence(self.lstm(packed)[0], True)[0] * real
         words = words + self.position[: text.shape[1]]
         for block in self.blocks:
             words, _ = block.attend(words, mask=real.mT[:, None])
@@ -480,8 +483,10 @@ class Transformer(nn.Module):
     def forward(self, patches, words, others, picture):
         cls = self.cls.expand(len(words), 1, -1)
         x = torch.cat([cls, words, others], 1)  # (R, 1 + L + E, C)
+        more = others.shape[1] + patches.shape[1]
+        real = F.pad((words != 0).any(2), (1, more), value=True)[:, None, None]
         for block in self.blocks:
-            x, logits = block.attend(x, block.keys(patches)[picture])
+            x, logits = block.attend(x, block.keys(patches)[picture], real)
         maps = logits[:, : len(POINTERS), 0].log_softmax(-1)
         return self.norm(x[:, 0]), maps[..., -patches.shape[1] :]
 
@@ -703,6 +708,10 @@ class Policy(nn.Module):
             memory.chunks = [chunk[1:] for chunk in memory.chunks if len(chunk) > 1]
         return np.array(actions, np.float32)
 
+    def understands(self, sentence):
+        """The probability that a sentence asks for something that was taught."""
+        return 1.0
+
     def predict(self, obs, language=None):
         """One action (A,) float32 in [-1, 1] for an observation dict and a sentence; call reset()
         when an episode starts. Raises ValueError for a sentence that is too long, or an observation
@@ -744,8 +753,10 @@ class Heard(NamedTuple):
 
     words: torch.Tensor  # (U, L, C) in their context
     queries: torch.Tensor  # (U, 2, C) of the pointers, or (U, 0, C) without any
-    reading: torch.Tensor  # (U, 2, L) how much of its name each pointer finds at each word
-    intents: torch.Tensor  # (U, intents) logits of what is asked for
+    reading: (
+        torch.Tensor
+    )  # (U, 2, L) how much of its name each pointer finds at each word, or None
+    intents: torch.Tensor  # (U, intents) logits of what is asked for, or None
 
 
 class VLA(Policy):

@@ -195,6 +195,7 @@ class Scene:
         self.camera.strength = like.strength
         self.camera.refit()
         self.done = False
+        self.scored = True
         if self.policy:
             self.policy.reset()
         if args.instruction is not None:
@@ -208,11 +209,13 @@ class Scene:
                 f"{sentence!r} does not seem to ask for anything that this policy was taught: "
                 f"{', '.join(self.policy.config.tasks)}"
             )
+        self.scored = True
         try:
             request = parse_instruction(sentence)
         except ValueError:  # keywords do not tell, but the policy may know; nobody keeps score
             if not self.policy:
                 raise
+            self.scored = False
             request = self.env.request
         self.env.set_request(request, sentence)
         self.obs = self.env.observe()
@@ -225,11 +228,13 @@ class Scene:
             action = self.policy.predict(self.obs, self.env.instruction)
         else:
             action = expert(self.env)
-        self.obs, _, terminated, truncated, _ = self.env.step(action)
-        self.done = terminated or truncated
+        self.obs, _, terminated, truncated, info = self.env.step(action)
+        self.done = truncated or info["diverged"] or terminated and self.scored
 
     def outcome(self):
         end = "done" if self.env.info()["success"] else "not done"
+        if not self.scored:
+            end = "over" if self.done else "on its way"
         return f"{self.env.steps / CONTROL_HZ:.1f} s: {end}"
 
     def picture(self):

@@ -287,7 +287,7 @@ class Demonstrations:
             name: wordings.asstr()[:] for name, wordings in files[0]["wordings"].items()
         }
         settings.intents = (*sorted(self.wordings.keys() - {"none"}), "none")
-        # of the kinds of changed worlds, light and noise are cheap to have more of
+        # how far its worlds are from the normal one, see other_light
         self.randomized = json.loads(attrs["env_args"])["env_kwargs"].get("randomize", 0.0)
 
         episodes, held_out = [], []
