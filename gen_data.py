@@ -999,7 +999,7 @@ def act(motion, gripper):
     return np.array([x / fast, y / fast, np.clip(z, -0.8, 0.8), gripper], np.float32)
 
 
-def funnel(across, near, slope):
+def funnel(across, near, slope=4):
     """How much higher than at its goal, in m, the hand should be `across` (2,) m from it: not at all
     within `near` m, and by `slope` times the distance beyond."""
     return slope * max(np.hypot(*across) - near, 0)
@@ -1021,17 +1021,17 @@ def let_go(env, at=0.0):
     return act([0, 0, max(TRAVEL, at + CLEAR) - env.ee_pos[2]], 1)
 
 
-def grasp(env, thing, near=0.012, slope=4):
+def grasp(env, thing):
     """Opens, moves over the thing, descends in a funnel, closes."""
     hand, at = env.ee_pos, env.thing_pos[thing]
     across = (at - hand)[:2]
     low = at[2] + GRASP_HEIGHT
-    around = np.hypot(*across) < near + 0.004 and hand[2] < at[2] + 0.015
+    around = np.hypot(*across) < 0.016 and hand[2] < at[2] + 0.015
     if around and env.ee_vel[2] > -0.2:
-        return act([0, 0, low - hand[2]], -1)
+        return act([*across, low - hand[2]], -1)
     if env.opening <= WIDE:
         low = TRAVEL
-    return act(approach(hand, across, low, funnel(across, near, slope)), 1)
+    return act(approach(hand, across, low, funnel(across, near=0.012)), 1)
 
 
 def carry(env, spot, height, above):
@@ -1065,13 +1065,13 @@ def put_away(env, goal=None):
     spot = SPOTS[cost.argmin()]
     on_table = inside(load[:2], *PUT_DOWN)
     too_near = 4 * max(ROOM - room(load[:2]), 0) if on_table else 1.0
-    above = min(funnel(spot - load[:2], 0.016, 4), too_near)
+    above = min(funnel(spot - load[:2], near=0.016), too_near)
     if above < 0.01 and load[2] < rest + 0.004:
         return let_go(env, load[2])
     return carry(env, spot if above else load[:2], rest, above)
 
 
-def bring(env, block, goal, there, near=0.016):
+def bring(env, block, goal, there, near):
     """Grasps the block, brings it until its middle is at `goal` (3,) m and, once `there`, lets go.
 
     near: m from the goal within which it is lowered all the way, as wide as the task allows. Where
@@ -1083,7 +1083,7 @@ def bring(env, block, goal, there, near=0.016):
         return grasp(env, block)
     if env.held != block:
         return put_away(env, goal)
-    return carry(env, goal[:2], goal[2], funnel((goal - env.block_pos[block])[:2], near, 4))
+    return carry(env, goal[:2], goal[2], funnel((goal - env.block_pos[block])[:2], near))
 
 
 def graspable(env, block):
@@ -1128,8 +1128,8 @@ class PickPlace(Task):
     def expert(self, env, block, pad):
         at = env.block_pos[block]
         goal = env.pad_pos[pad] + [0, 0, env.half[block]]
-        there = distance(at, goal) < 0.02 and at[2] < goal[2] + 0.004
-        return bring(env, block, goal, there)
+        there = distance(at, goal) < 0.022 and at[2] < goal[2] + 0.004
+        return bring(env, block, goal, there, near=0.02)
 
 
 class Lift(Task):
@@ -1167,7 +1167,7 @@ class Push(Task):
     | anything else                             | closes, goes behind the block       |"""
 
     slots = ("block", "direction")
-    BEHIND = 0.055  # m, the hand from the block's middle
+    BEHIND = 0.06  # m, the hand from the block's middle
     HEIGHT = 0.022  # m, of the hand
     SPEED = 0.009  # m per control step
 
@@ -1203,13 +1203,14 @@ class Push(Task):
         ahead = offset @ direction
         aside = offset - ahead * direction
         shut = env.opening < 0.03
-        lane = 0.02 if ahead < 0.045 else 0.01  # m, more once it touches
+        lane = 0.02 if ahead < 0.045 else 0.014  # m, more once it touches
         behind = 0.02 < ahead < 0.085 and np.hypot(*aside) < lane
         if hand[2] < 0.05 and behind and shut:
-            return act([*(self.SPEED / 0.6 * direction + aside), self.HEIGHT - hand[2]], -1)
+            pace = self.SPEED / 0.6 * max(0.3, 1 - np.hypot(*aside) / 0.012)  # first straight
+            return act([*(pace * direction + aside), self.HEIGHT - hand[2]], -1)
         across = offset - self.BEHIND * direction
         low = self.HEIGHT if shut else TRAVEL
-        motion = approach(hand, across, low, funnel(across, 0.008, 6))
+        motion = approach(hand, across, low, funnel(across, near=0.016))
         return act(motion, -1 if shut or hand[2] > 0.1 else 1)
 
 
@@ -1247,8 +1248,8 @@ class Stack(Task):
     def expert(self, env, block, lower):
         across, height = self.gap(env, block, lower)
         calm = env.held is None or np.linalg.norm(env.ee_vel) < 0.1  # not while it swings
-        there = across < 0.015 and height < 0.004 and calm
-        return bring(env, block, self.target(env, block, lower), there, near=0.012)
+        there = across < 0.016 and height < 0.004 and calm
+        return bring(env, block, self.target(env, block, lower), there, near=0.015)
 
 
 class Drawer(Task):
@@ -1279,7 +1280,7 @@ class Drawer(Task):
             goal = DRAWER if way == "open" else -0.01
             y, z = HANDLE[1:] - env.ee_pos[1:]
             return act([goal - env.drawer, y, z], -1)
-        return grasp(env, env.handle, 0.008, 6)
+        return grasp(env, env.handle)
 
 
 TASKS = dict(pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), drawer=Drawer())

@@ -168,7 +168,7 @@ RECIPES = dict(
     ),
 )
 BC = dict(state="full", cameras=(), chunk=1, optimizer="adamw")
-ALL = dict(steps=6000, episodes=6000, randomize=1.0)  # of --tasks all
+ALL = dict(steps=8000, episodes=6000, randomize=1.0)  # of --tasks all
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
