@@ -53,7 +53,7 @@ from gen_data import (
     number,
     task_list,
 )
-from model import VLA, Policy, code_version, explain_errors
+from model import UNDERSTOOD, VLA, Policy, code_version, explain_errors
 
 CONTROLS = ("blind", "blind_shuffled", "deaf", "deaf_shuffled", "swap", "retarget")
 SEED_RANGES = dict(  # where each range of scene seeds begins
@@ -253,7 +253,7 @@ class Episode:
         if self.control == "deaf":
             self.sentence = ""
         if run.model and self.control == "none":  # play.py would not do it
-            self.declined = run.model.understands(self.sentence) < 0.5
+            self.declined = run.model.understands(self.sentence) < UNDERSTOOD
         if self.control == "swap":
             self.meaning = env.meaning  # of the original
             self.tell_another()
@@ -542,7 +542,7 @@ def main():
         print_table(columns)
     nothing = [sentence for task, sentence, _ in lines if task == "none"]
     for model in models if nothing else ():
-        k, n = sum(model.understands(sentence) < 0.5 for sentence in nothing), len(nothing)
+        k, n = sum(model.understands(sentence) < UNDERSTOOD for sentence in nothing), len(nothing)
         rows.append(
             dict(label=model.path, ckpt=model.path, control="declined", task="none", k=k, n=n)
         )

@@ -44,7 +44,7 @@ from gen_data import (
     parse_instruction,
     task_list,
 )
-from model import POINTERS, VLA, Config, explain_errors, split, tokenize
+from model import POINTERS, UNDERSTOOD, VLA, Config, explain_errors, split, tokenize
 
 explain_errors("play.py")
 
@@ -204,7 +204,7 @@ class Scene:
     def tell(self, sentence):
         """A sentence to obey from now on. Raises ValueError if it asks for nothing that was taught, or
         for a block or pad that is not there."""
-        if self.policy and self.policy.understands(sentence) < 0.5:
+        if self.policy and self.policy.understands(sentence) < UNDERSTOOD:
             raise ValueError(
                 f"{sentence!r} does not seem to ask for anything that this policy was taught: "
                 f"{', '.join(self.policy.config.tasks)}"
