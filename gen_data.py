@@ -13,6 +13,7 @@ metres. In order: numbers, instructions, scene, camera, environment, expert, tas
 """
 
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -170,24 +171,28 @@ def read_grammar(text):
     return {name: alternatives(body) for name, body in zip(parts[1::2], parts[2::2])}
 
 
+@functools.cache
+def choices(rule, held_out):
+    """Alternatives of a rule of GRAMMAR: if held_out, those with a *, where it has any."""
+    marked = [text[1:] for text in GRAMMAR[rule] if text.startswith("*")]
+    plain = [text for text in GRAMMAR[rule] if not text.startswith("*")]
+    return marked if held_out and marked else plain
+
+
 def make_wording(task, slots, rng, held_out=False):
     """A wording of the request, drawn by `rng` from GRAMMAR; held_out: by a rule's * alternatives for
     the whole sentence, and in every second choice of words."""
 
-    def draw(rule, held_out):
-        choices = [choice for choice in rule if choice.startswith("*")]
-        if not (held_out and choices):
-            choices = [choice for choice in rule if not choice.startswith("*")]
-        return choices[rng.integers(len(choices))].lstrip("*")
-
     def replace(match):
         if match["rule"]:
-            text = draw(GRAMMAR[match["rule"]], held_out and rng.random() < 0.5)
+            options = choices(match["rule"], held_out and rng.random() < 0.5)
         else:
-            text = draw(match["inline"].split("|"), False)
+            options = match["inline"].split("|")
+        text = options[rng.integers(len(options))]
         return "" if text == "-" else text
 
-    text = draw(GRAMMAR[task], held_out)
+    options = choices(task, held_out)
+    text = options[rng.integers(len(options))]
     for slot, word in slots.items():
         if slot not in NAMES:
             text = text.replace("{%s}" % slot, word)

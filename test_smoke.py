@@ -35,8 +35,8 @@ from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, HELD_OUT
                       is_held_out, make_wording, parse_instruction)
 from model import CHARS, VLA, Config, ngrams, split, tokenize
 
-TRAIN = ("train.py --data demos.h5 --device cpu --steps 12 --batch_size 8 --relabel 0.5 "
-         "--log_interval 1 --eval_interval 6 --eval_episodes 2")
+TRAIN = ("train.py --data demos.h5 --device cpu --steps 6 --batch_size 8 --relabel 0.5 "
+         "--log_interval 1 --eval_interval 3 --eval_episodes 1")
 STATE = dict(joint_pos=7, ee_pos=3, ee_vel=3, gripper=1, object_pos=3, target_pos=3)
 OBSERVATION = {key: ((n,), "float32") for key, n in STATE.items()}
 OBSERVATION |= {f"{name}_image": ((64, 64, 3), "uint8") for name in ("front", "wrist")}
@@ -614,20 +614,20 @@ def read_log(folder):
 
 
 def test_training_is_a_function_of_its_seed_and_resumes_exactly(trained, place):
-    resume = place / "out/resume.pt"               # written after step 6
+    resume = place / "out/resume.pt"               # written after step 3
     assert stop_when(resume.exists, TRAIN, place) == -signal.SIGKILL
-    assert torch.load(resume, weights_only=True)["step"] == 6
+    assert torch.load(resume, weights_only=True)["step"] == 3
     run("train.py --resume out --eval_interval 0", place)      # with the settings it began with
     log = read_log(place / "out")
     assert log == read_log(trained / "out")
-    assert [line["step"] for line in log] == list(range(1, 13))
+    assert [line["step"] for line in log] == list(range(1, 7))
     there, here = [torch.load(folder / "out/ckpt.pt", weights_only=True)
                    for folder in (trained, place)]
     assert same(there["weights"], here["weights"])
     assert there["fingerprint"] == here["fingerprint"]
-    run("train.py --resume out --eval_interval 0 --steps 14 --lr 0.01", place)
+    run("train.py --resume out --eval_interval 0 --steps 8 --lr 0.01", place)
     last = read_log(place / "out")[-1]             # what is said goes first
-    assert last["step"] == 14 and last["lr"] == pytest.approx(0.01 / (0.6 * 14))
+    assert last["step"] == 8 and last["lr"] == pytest.approx(0.01 / (0.6 * 8))
 
 
 def test_a_stopped_training_saves_or_can_be_begun_again(place):

@@ -224,7 +224,7 @@ if dtype == "auto":
     units = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     dtype = "bfloat16" if units else "float32"
 autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-torch.use_deterministic_algorithms(device == "cpu", warn_only=True)  # sums in a fixed order
+torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")  # order of sums
 
 
 # ---------------------------------------------------------------------------- demonstrations

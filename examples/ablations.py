@@ -98,7 +98,7 @@ def main():
         size = sum(p.numel() for p in model.parameters())
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         speed = np.median([entry["samples_per_s"] for entry in log if "samples_per_s" in entry])
-        p50, _ = latency(model, seed=0)
+        p50, _ = latency(model, seed=0)["latency_ms"]
         print(f"| {name} | {percent(row['k'], row['n'])} | {size:,} | {speed:.0f} | {p50:.1f} ms |")
 
 
