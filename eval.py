@@ -23,6 +23,7 @@ one of them without fail, but has to guess which block, which pad or which direc
 
 import argparse
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -160,13 +161,15 @@ def read_settings():
     )
     args = parser.parse_args()
     args.episodes = args.episodes or (1 if args.instructions else 100)
-    args.range, end = map(range_of, (args.seed, args.seed + args.episodes - 1))
+    if args.instructions and (args.controls or args.tasks or args.policies != "policy"):
+        raise ValueError("--instructions goes without --tasks, --policies and --controls")
+    args.lines = read_instructions(args.instructions) if args.instructions else []
+    last = args.seed + args.episodes * max(len(args.lines), 1) - 1
+    args.range, end = map(range_of, (args.seed, last))
     if end != args.range:
         raise ValueError(
             f"the scenes reach from {args.range} into {end}; choose another --seed"
         )
-    if args.instructions and (args.controls or args.tasks or args.policies != "policy"):
-        raise ValueError("--instructions goes without --tasks, --policies and --controls")
     if args.controls and args.split == "combo":
         raise ValueError(
             "--split combo has too few instructions for --controls; use another split"
@@ -199,8 +202,9 @@ def read_instructions(path):
         said = all(words.get(slot) in SLOTS[slot] for slot in other)
         try:
             example = rest[0].format(block="red", pad="green", lower="blue")
-            named = all("{%s}" % slot in rest[0] for slot in slots if slot in NAMES)
-        except (IndexError, KeyError, ValueError):
+            names = {"{%s}" % slot for slot in slots if slot in NAMES}
+            named = task == "none" or set(re.findall(r"{.*?}", rest[0])) == names
+        except (AttributeError, IndexError, KeyError, ValueError):
             named = False
         if task not in (*TASKS, "none") or not named or not said:
             needed = " ".join("{%s}" % slot for slot in slots)
@@ -473,13 +477,15 @@ def main():
     scenes = [(seed, dict(task=tasks[seed % len(tasks)])) for seed in seeds]
 
     # what is run on them
-    lines = read_instructions(args.instructions) if args.instructions else []
     runs = [Run(name, None, scenes, name) for name in args.policies if name != "policy"]
     for model in models:
         kind = model.config.model
         prefix = f"{model.path} " if len(models) > 1 else ""
         if args.instructions:
-            told = [line for line in lines if line[0] in model.config.tasks] * args.episodes
+            for _, sentence, _ in args.lines:
+                model.understands(sentence)  # ValueError if it is too long
+            told = [line for line in args.lines if line[0] in model.config.tasks]
+            told *= args.episodes
             wordings = [wording for _, wording, _ in told]
             asked = [
                 (seed, dict(task=task, slots=slots))
@@ -540,9 +546,10 @@ def main():
                 print(json.dumps(about | result), file=log, flush=True)
     if columns:
         print_table(columns)
-    nothing = [sentence for task, sentence, _ in lines if task == "none"]
+    nothing = [sentence for task, sentence, _ in args.lines if task == "none"]
     for model in models if nothing else ():
-        k, n = sum(model.understands(sentence) < UNDERSTOOD for sentence in nothing), len(nothing)
+        k = sum(model.understands(sentence) < UNDERSTOOD for sentence in nothing)
+        n = len(nothing)
         rows.append(
             dict(label=model.path, ckpt=model.path, control="declined", task="none", k=k, n=n)
         )

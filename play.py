@@ -209,15 +209,16 @@ class Scene:
                 f"{sentence!r} does not seem to ask for anything that this policy was taught: "
                 f"{', '.join(self.policy.config.tasks)}"
             )
-        self.scored = True
+        scored = True
         try:
             request = parse_instruction(sentence)
         except ValueError:  # keywords do not tell, but the policy may know; nobody keeps score
             if not self.policy:
                 raise
-            self.scored = False
+            scored = False
             request = self.env.request
-        self.env.set_request(request, sentence)
+        self.env.set_request(request, sentence)  # ValueError if something is not there
+        self.scored = scored
         self.obs = self.env.observe()
         self.done = False
         if self.policy:
@@ -409,6 +410,7 @@ def wait(scene, seed):
 
 def prompt(scene):
     """Each sentence typed writes a GIF."""
+    Path("out").mkdir(exist_ok=True)
     paths = (Path(f"out/play_{n:03}.gif") for n in range(1000))
     while True:
         if not scene.done:
