@@ -904,6 +904,8 @@ def hostile(trained):
     torch.save(dict(config=Path("/")), trained / "pickle.pt")
     for name, text in (("text", "neither a checkpoint nor data"), ("empty.txt", ""),
                        ("slot.txt", "lift\traise the {thing}"),
+                       ("more.txt", "lift\traise the {block} cube off the {pad} pad"),
+                       ("long.txt", "none\t" + "now " * 50),
                        ("task.txt", "juggle\tjuggle the {block} block")):
         (trained / name).write_text(text + "\n")
     return trained
@@ -1004,6 +1006,8 @@ eval.py CKPT --randomize_only light => --randomize
 eval.py CKPT --instructions empty.txt => empty.txt is empty
 eval.py CKPT --instructions missing.txt => missing.txt
 eval.py CKPT --instructions slot.txt => {block}
+eval.py CKPT --instructions more.txt => {block}
+eval.py CKPT --instructions long.txt => longer than 40 words
 eval.py CKPT --instructions task.txt => pick_place
 eval.py CKPT --controls --instructions task.txt => --controls
 eval.py CKPT --episodes 1 --out text/a.json => text
