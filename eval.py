@@ -1,9 +1,9 @@
 """Closed-loop evaluation: how often a policy does what the instruction says, in scenes it has never
 seen. Times are for 2 CPU cores.
 
-    python eval.py                                              # 100 episodes of out/ckpt.pt, 10 s
-    python eval.py --policies expert,random,policy --controls   # beside ceiling and floor, 4 min
-    python eval.py --episodes 500 --out results.json            # the figure to report, 1 min
+    python eval.py                                              # 100 episodes of out/ckpt.pt, 30 s
+    python eval.py --policies expert,random,policy --controls   # beside ceiling and floor, 6 min
+    python eval.py --episodes 500 --out results.json            # the figure to report, 3 min
     python eval.py --split phrasing                             # in words never used in training
     python eval.py --instructions assets/paraphrases.tsv        # in other people's, or yours
 
@@ -485,6 +485,9 @@ def main():
             for _, sentence, _ in args.lines:
                 model.understands(sentence)  # ValueError if it is too long
             told = [line for line in args.lines if line[0] in model.config.tasks]
+            strange = {line[0] for line in args.lines} - {*model.config.tasks, "none"}
+            if strange:
+                print(f"{model.path} was not taught {', '.join(sorted(strange))}: left out")
             told *= args.episodes
             wordings = [wording for _, wording, _ in told]
             asked = [

@@ -1,6 +1,6 @@
 """The world and its demonstrations: scene, cameras, sentences, scripted expert, HDF5 writer.
 
-    python gen_data.py --episodes 3000 --out data/demos.h5        # 2 to 4 minutes on 2 cores
+    python gen_data.py --episodes 3000 --out data/demos.h5        # 2 to 5 minutes on 2 cores
     python gen_data.py --tasks all --episodes 8000 --out data/all.h5
     python gen_data.py --info data/demos.h5                       # what is in a file
 
@@ -209,9 +209,14 @@ def make_instruction(request, rng, held_out=False):
     return text if len(text.split()) <= 40 else make_instruction(request, rng, held_out)
 
 
+def words_in(text):
+    """As model.py splits a sentence."""
+    return re.findall(r"\w+(?:'\w+)*", text.lower().replace("’", "'"))
+
+
 def words_of(*rules):
     """Every word of rules of GRAMMAR."""
-    return set(re.findall(r"[\w']+", " ".join(" ".join(GRAMMAR[rule]) for rule in rules)))
+    return set(words_in(" ".join(" ".join(GRAMMAR[rule]) for rule in rules)))
 
 
 def parse_instruction(text):
@@ -221,7 +226,7 @@ def parse_instruction(text):
     A colour is a block's or a pad's by the word after it, or else by its place: the first is the
     block's, the second the pad's, unless something is stacked. A direction or open and close is the one
     with the most words of its rule."""
-    words = re.findall(r"[\w']+", text.lower())
+    words = words_in(text)
     blocks = words_of("cube")
     pads = words_of("rim") - words_of("cube", "thing", "under", "atop", "on", "put")
     stacked = not {"stack", "top", "tower", "pile", "atop", "base"}.isdisjoint(words)
@@ -678,9 +683,7 @@ class Env:
             draw[name] = rng.uniform(-1, 1, 32) * self.randomize * (name in self.factors)
         late = FACTORS["delay"] * self.randomize  # probability
         self.late = "delay" in self.factors and rng.random() < late
-        self.pixel_noise = FACTORS["noise"] * abs(
-            draw["noise"][0]
-        )  # standard deviation, of 255
+        self.pixel_noise = FACTORS["noise"] * abs(draw["noise"][0])  # std, of 255
         self.pixel_rng = np.random.default_rng([self.seed, 8])
 
         m.geom_rgba[:] = normal.geom_rgba
@@ -899,9 +902,8 @@ class Env:
         if 0.018 < self.opening < 0.03:  # the handle does not give way: one may be just off
             between[self.handle] = left[self.handle] or right[self.handle]
         reach = np.linalg.norm(self.thing_pos - self.ee_pos, axis=1)
-        self.grasped = min(
-            np.flatnonzero(between), key=reach.__getitem__, default=None
-        )  # a thing
+        near = np.flatnonzero(between)
+        self.grasped = min(near, key=reach.__getitem__, default=None)  # a thing
         self.held = self.grasped if self.grasped != self.handle else None  # a block
         if moved:
             self.memory.update(self)
@@ -1004,10 +1006,10 @@ def act(motion, gripper):
     return np.array([x / fast, y / fast, np.clip(z, -0.8, 0.8), gripper], np.float32)
 
 
-def funnel(across, near, slope=4):
+def funnel(across, near):
     """How much higher than at its goal, in m, the hand should be `across` (2,) m from it: not at all
-    within `near` m, and by `slope` times the distance beyond."""
-    return slope * max(np.hypot(*across) - near, 0)
+    within `near` m, and by four times the distance beyond."""
+    return 4 * max(np.hypot(*across) - near, 0)
 
 
 def approach(hand, across, low, above):
@@ -1408,7 +1410,8 @@ GRAMMAR = read_grammar("""
         <cube> that is {block} | the {block} (block|cube|brick) (on the table|over there|you see
         there|in front of you|there) | the (block|cube|brick|piece|one) (which
         is|that's|painted|coloured|with the color|whose colour is) {block}
-    rim: thingy | pad | pad | pad | target | target | target | marker | goal | spot | spot | circle |
+    rim: thingy | pad | pad | pad | target | target | target | marker | goal | spot | spot |
+        circle |
         circle | disc | disk | dot | zone | area | location | mat | place | coaster | plate |
         round pad | round target | ring | patch | mark | target pad | circular pad | landing pad
         | platform | bullseye | round thing | flat disc | round spot | target spot | target area
@@ -1465,7 +1468,8 @@ GRAMMAR = read_grammar("""
         the desk | upwards | in mid air | mid-air | up there | above everything | a bit up |
         straight up | off its place | a few inches up | ten centimeters up | higher | toward the
         ceiling | skyward | *overhead
-    raised: suspended | dangling | lifted | raised | picked up | lifted up | held up | hoisted | elevated | up in the
+    raised: suspended | dangling | lifted | raised | picked up | lifted up | held up | hoisted |
+        elevated | up in the
         air | in the air | off the table | held in the air | held high | airborne
     # sideways
     shove: push | push | push | push | slide | slide | shove | shove | nudge | move | shift |
@@ -1509,7 +1513,8 @@ GRAMMAR = read_grammar("""
     not_back: far | far away | far out | distant | far from you | far off | close to the far
         edge | far forward
     # onto each other
-    pile: mount | superimpose | chuck | load | seat | stick | hoist | get | stack | stack | put | put | place | set | balance | pile | lay | drop | rest | mount |
+    pile: mount | superimpose | chuck | load | seat | stick | hoist | get | stack | stack | put |
+        put | place | set | balance | pile | lay | drop | rest | mount |
         heap | perch | sit | position | put down | move | stack up | deposit | leave | park |
         *lodge | *plonk
     piling: stacking | putting | placing | setting | balancing | piling | laying
@@ -1525,7 +1530,8 @@ GRAMMAR = read_grammar("""
     open: open | open | open up | pull open | slide open | draw open | get open | pull out |
         slide out | draw out | go open | yank open | unshut | tug open | reopen | open wide |
         crack open | pop open | *unclose
-    close: guide back in | ease shut | close | close | shut | shut | push shut | push closed | slide shut | close up | push
+    close: guide back in | ease shut | close | close | shut | shut | push shut | push closed |
+        slide shut | close up | push
         in | slide in | slam | slide closed | get shut | bang shut | go close | reclose | seal |
         slam shut | press shut | *nudge shut
     open_ing: opening | pulling open | pulling out | sliding open | drawing out | sliding out
@@ -2025,11 +2031,16 @@ GRAMMAR = read_grammar("""
         | *<the> <chest> wants <{way}_ing> <end>
     # sentences that ask for nothing that can be done here
     none:
-        | (does|did|will|has) <the> <chest> (lock|squeak|fit|matter|have a lock|contain anything|belong to you)
-        | (my|our|her) (grandmother|father|boss|friend|neighbour) (had|has|likes|bought|sold) (a|the) (<chest>|{block} <cube>|{pad} <rim>) (just like that|too|once|as well)
-        | (tell|read|sing|write|knit|sew|paint|bake) (me|us|him) (a|the|some) <stranger> (about|with|out of) (a|some) {block} (and {pad}|) <stranger>
-        | (could you|please|can you|would you|i want you to) (draft|send|read|copy|print|sign|post) (a|the|my) <stranger>
-        | (does|do|is|are|why is) the (colour|color) {block} (exist|so nice|better than {pad}|your favourite|a colour)
+        | (does|did|will|has) <the> <chest> (lock|squeak|fit|matter|have a lock|contain
+            anything|belong to you)
+        | (my|our|her) (grandmother|father|boss|friend|neighbour) (had|has|likes|bought|sold)
+            (a|the) (<chest>|{block} <cube>|{pad} <rim>) (just like that|too|once|as well)
+        | (tell|read|sing|write|knit|sew|paint|bake) (me|us|him) (a|the|some) <stranger>
+            (about|with|out of) (a|some) {block} (and {pad}|) <stranger>
+        | (could you|please|can you|would you|i want you to)
+            (draft|send|read|copy|print|sign|post) (a|the|my) <stranger>
+        | (does|do|is|are|why is) the (colour|color) {block} (exist|so nice|better than {pad}|your
+            favourite|a colour)
         | <job>
         | <job>
         | <ask> <job> <end>
@@ -2221,7 +2232,8 @@ def write_episode(file, index, attrs, arrays):
 
     attrs: schema, total, seed, tasks, all_tasks (what `--tasks all` would have been), control_hz,
         action_names, proprio, privileged (comma lists of names), requests (JSON [{task, slots,
-        intent}, ..]: all that can be asked for), env_args (JSON, with the cameras), versions, git_commit, settings (JSON), dropped (JSON), complete
+        intent}, ..]: all that can be asked for), env_args (JSON, with the cameras), versions,
+        git_commit, settings (JSON), dropped (JSON), complete
     episode_0/
         attrs: instruction, task, slots (JSON), request (index in requests), things (2,) (what is
             to be moved and what it goes to: index among blocks, pads, the handle; -1: nothing),

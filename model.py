@@ -10,10 +10,10 @@ prints its parts and their sizes.
                             │                                         └─────────────┘       goal ──┤
                             └──────────────────────────────────────────────────────────────────────┴▶ head
 
-A sentence reaches the action like this: `tokenize` makes numbers of letters, `Text` words in their
-context, `Pointers` looks in the patches for what the words name, `fusion` mixes what it found with
-the mean word and everything else, `goal` reads off where thing and place are, and the head turns
-all that into K actions.
+A sentence reaches the action like this: `tokenize` hashes the letters of each word, `Text` makes
+them words in their context, `Pointers` looks in the patches for what the words name, `fusion` mixes
+what it found with the mean word and everything else, `goal` reads off where thing and place are,
+and the head turns all that into K actions.
 
 Dimension letters, used everywhere: B batch (moments), V views (pictures of a moment: every
 camera's newest, then the ones before), H W pixels, P patches of all views, L text tokens, N tokens
@@ -197,8 +197,11 @@ NGRAMS = 24  # of a word, at most
 BUCKETS = 4096  # that they are hashed into
 
 
+WORD = r"\w+(?:'\w+)*"
+
+
 def split(text):
-    return re.findall(r"[\w']+", text.lower())
+    return re.findall(WORD, text.lower().replace("’", "'"))
 
 
 @cache
@@ -754,9 +757,7 @@ class Heard(NamedTuple):
 
     words: torch.Tensor  # (U, L, C) in their context
     queries: torch.Tensor  # (U, 2, C) of the pointers, or (U, 0, C) without any
-    reading: (
-        torch.Tensor
-    )  # (U, 2, L) how much of its name each pointer finds at each word, or None
+    reading: torch.Tensor  # (U, 2, L) where each pointer finds its name: a share of 1, or None
     intents: torch.Tensor  # (U, intents) logits of what is asked for, or None
 
 

@@ -1,6 +1,6 @@
 """The tests: the real scripts at toy size, and what the parts promise. No GL and no display.
 
-    python -m pytest -q test_smoke.py                          # about 4 minutes on 2 cores
+    python -m pytest -q test_smoke.py                          # about 6 minutes on 2 cores
     python -m pytest -q test_smoke.py -m slow                  # those that take minutes
 """
 import ast
@@ -240,6 +240,7 @@ could you set the green brick on top of the yellow one | stack green yellow
 nudge the purple thing away from you | push purple forward
 up with the red block | lift red
 grab the red block from the table | lift red
+lift the 'red' block, don’t wait | lift red
 put the red block on green over there | pick_place red green
 """
 
@@ -553,6 +554,7 @@ def test_text():
     config, chars = Config(), Config(text="char", max_text=200)
     sentences = "Pick up the RED block, and lift it.", "pick up the red block and lift it"
     assert torch.equal(*[tokenize(sentence, config) for sentence in sentences])
+    assert split("Lift the 'red' cube, don’t push") == ["lift", "the", "red", "cube", "don't", "push"]
     right, wrong, other = (set(ngrams(word).tolist()) for word in ("purple", "purpel", "green"))
     assert len(right & wrong) > len(right & other) + 2         # misspelt, but much like it
     ids = tokenize("red banana", chars)

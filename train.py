@@ -1,7 +1,7 @@
 """Trains a policy on the demonstrations and says how well it does on scenes it has never seen.
 
-    python train.py --steps 2000                       # 8 to 14 minutes on 2 cores, data included
-    python train.py --tasks all --out_dir out_all      # an hour; in any light
+    python train.py --steps 2000                       # 8 to 18 minutes on 2 cores, data included
+    python train.py --tasks all --out_dir out_all      # about an hour, in changed worlds, too
     python train.py --model bc --out_dir out_bc        # the behaviour-cloning baseline
     python train.py --recipe classic --out_dir out_c   # the setting of tutorials, see RECIPES
     torchrun --standalone --nproc_per_node=2 train.py  # data-parallel
@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import POLICIES, Config, add_flags, code_version, explain_errors, load_file, one_line
-from model import setting, tokenize
+from model import WORD, setting, tokenize
 
 explain_errors("train.py")
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -460,7 +460,7 @@ class Wordings:
         self.settings = settings
         self.wordings = {}  # each a list of words
         for intent, sentences in wordings.items():
-            split = [re.findall(r"{\w+}|[\w']+", sentence) for sentence in sentences]
+            split = [re.findall(r"{\w+}|" + WORD, sentence) for sentence in sentences]
             self.wordings[intent] = [words for words in split if len(words) <= self.LONGEST]
         every = set(itertools.chain(*itertools.chain(*self.wordings.values())))
         self.requests, names = [], set()
@@ -510,8 +510,9 @@ class Wordings:
         if len(word) < 3 or word.startswith("{") or rng.random() >= self.settings.typos:
             return word
         i = rng.integers(len(word) - 1)
-        middle = ("", 2 * word[i] + word[i + 1], word[i + 1] + word[i])[rng.integers(3)]
-        return word[:i] + (middle or word[i + 1]) + word[i + 2 :]
+        one, next_one = word[i : i + 2]
+        middle = (next_one, one + one + next_one, next_one + one)[rng.integers(3)]
+        return word[:i] + middle + word[i + 2 :]
 
 
 # ------------------------------------------------------------------------------------ losses
@@ -626,7 +627,7 @@ if not files:
         raise ValueError(f"there is no {settings.data}; gen_data.py makes demonstrations")
     print(
         f"{settings.data} is not there: making {settings.episodes} demonstrations, about "
-        f"{max(1, round(settings.episodes / 1000))} minutes on 2 cores",
+        f"{max(1, round(settings.episodes / 800))} minutes on 2 cores",
         flush=True,
     )
     failed = run(
