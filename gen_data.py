@@ -2224,7 +2224,7 @@ def grounding(env, relabel, index):
 # -------------------------------------------------------------------------------- the data file
 SCHEMA = "picovla-4"
 CHUNK = 8  # frames per compressed chunk of a camera's pictures
-BATCH = 8  # scenes in a file of an unfinished recording
+BATCH = 4  # scenes in a file of an unfinished recording
 
 
 def write_episode(file, index, attrs, arrays):
@@ -2339,6 +2339,7 @@ def generate(out, episodes, seed, shard, world, noise, normal_share, workers):
     i, n = shard
     first = DEMO_SEED + 100_000 * seed
     scenes = range(first + 100_000 * (i - 1) // n, first + 100_000 * i // n)
+    scenes = scenes[: BATCH * episodes]  # plenty: of four, more than one is worth recording
     batches = (scenes[at : at + BATCH] for at in range(0, len(scenes), BATCH))
     done = {}  # path: episodes to take from it
     written = 0
