@@ -1008,8 +1008,11 @@ def act(motion, gripper):
 
 def funnel(across, near):
     """How much higher than at its goal, in m, the hand should be `across` (2,) m from it: not at all
-    within `near` m, and by four times the distance beyond."""
-    return 4 * max(np.hypot(*across) - near, 0)
+    within `near` m, and by twice the distance beyond.
+
+    If it were steep, a policy that is a centimetre uncertain would hover at the height that belongs
+    to its usual error."""
+    return 2 * max(np.hypot(*across) - near, 0)
 
 
 def approach(hand, across, low, above):
@@ -1038,7 +1041,7 @@ def grasp(env, thing):
         return act([*across, low - hand[2]], -1)
     if env.opening <= WIDE:
         low = TRAVEL
-    return act(approach(hand, across, low, funnel(across, near=0.012)), 1)
+    return act(approach(hand, across, low, funnel(across, near=0.014)), 1)
 
 
 def carry(env, spot, height, above):
@@ -1081,9 +1084,7 @@ def put_away(env, goal=None):
 def bring(env, block, goal, there, near):
     """Grasps the block, brings it until its middle is at `goal` (3,) m and, once `there`, lets go.
 
-    near: m from the goal within which it is lowered all the way, as wide as the task allows. Where
-    a pad is hidden under the load, a policy is a centimetre uncertain, and in a narrow funnel it
-    hovers at the height that belongs to its usual error."""
+    near: m from the goal within which it is lowered all the way, as wide as the task allows."""
     if there:
         return let_go(env, env.block_pos[block, 2])
     if env.held is None:
@@ -2117,6 +2118,8 @@ GRAMMAR = read_grammar("""
 NOISE = 0.12  # standard deviation of the white noise on the motion
 PUSH = 0.03  # probability a step of a push: 3 to 7 steps, of 0.8
 SLIP = 0.004  # probability a step of the gripper doing the opposite, 3 steps
+MISTAKEN = 0.4  # share of instructions that begin where an expert who is wrong has led
+MISTAKE = 0.02  # m, standard deviation of where it takes each thing to be
 INTERRUPT = 0.6  # share of instructions followed by another, in mid-motion if not done by then
 INSTRUCTIONS = 3  # at most, per scene
 
@@ -2148,6 +2151,25 @@ class Disturbance:
         return noisy.clip(-1, 1)
 
 
+def blunder(env, rng, disturbance):
+    """Plays some steps of an expert that is wrong about where things are. They are not recorded, but
+    what follows is: how to mend it when the fingers are beside a block, or a block fell off another.
+    These are a policy's mistakes, as in DAgger (arXiv:1011.0686), without a policy."""
+    error = np.zeros_like(env.thing_pos)
+    error[:, :2] = rng.normal(0, MISTAKE, (len(error), 2))
+    cameras, env.cameras = env.cameras, {}  # nobody looks
+    for _ in range(rng.integers(4, 60)):
+        true = env.thing_pos.copy()
+        env.thing_pos += error  # block_pos and pad_pos are parts of it
+        if env.grasped is not None:
+            env.thing_pos[env.grasped] = true[env.grasped]
+        action = expert(env)
+        env.thing_pos[:] = true
+        env.step(disturbance.disturb(action))
+    env.cameras = cameras
+    env.set_request(env.request, env.instruction)  # restarts the clock
+
+
 def demonstrate(env, seed, noise=1.0):
     """Plays one scene; returns ([(attrs, arrays), ...], Counter of why episodes were dropped).
 
@@ -2156,11 +2178,13 @@ def demonstrate(env, seed, noise=1.0):
     rng = np.random.default_rng([seed, 1])
     env.reset(seed)
     env.pixel_noise = 0.0  # does not compress; train.py adds it
-    obs = env.observe()
     episodes, dropped = [], Counter()
     disturbance = Disturbance(rng, noise)
     requests = all_requests(env.tasks)
     for part in range(INSTRUCTIONS):
+        if rng.random() < noise * MISTAKEN:
+            blunder(env, rng, disturbance)
+        obs = env.observe()
         goes_on = rng.random() < INTERRUPT
         frames = []
         for _ in range(rng.integers(4, 60) if goes_on else MAX_STEPS):
@@ -2200,7 +2224,6 @@ def demonstrate(env, seed, noise=1.0):
         if info["diverged"] or truncated or not goes_on or not request:
             break
         env.set_request(request, make_instruction(request, rng))
-        obs = env.observe()
     return episodes, dropped
 
 

@@ -123,9 +123,8 @@ class Config:
         ("vit_stem", "vit", "cnn"),
     )
     patch: int = setting(8, "px, edge of a patch")
-    coarse_cameras: tuple = ("wrist",)  # their patches are merged 2 x 2
     keep_patches: int = setting(
-        40, "patches kept of each moment: those farthest from the picture's median colour"
+        56, "patches kept of each moment: those farthest from the picture's median colour"
     )
     frames: int = setting(1, "pictures of each camera: the last ones, a control step apart")
     # language
@@ -346,23 +345,15 @@ class Vision(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        views = (
-            config.cameras * config.frames
-        )  # the newest of every camera, then the ones before
-        V, C = len(views), config.width
+        V, C = len(config.cameras) * config.frames, config.width
         self.register_buffer("image_mean", torch.full((V, 1, 1, 3), 127.0))
         self.register_buffer("image_std", torch.full((V, 1, 1, 3), 64.0))
         self.embed = EMBEDDINGS[config.vision](config.patch, C)
-        side = 1 if config.vision == "cnn" else config.image_size // config.patch
-        self.sides = [  # patches across, of each view
-            max(1, side // 2) if camera in config.coarse_cameras else side for camera in views
-        ]
-        self.patches = sum(n * n for n in self.sides)  # P
+        self.side = 1 if config.vision == "cnn" else config.image_size // config.patch
+        self.patches = V * self.side**2  # P
         self.keep = min(config.keep_patches * config.frames, self.patches)
-        if min(self.sides) < side:
-            self.merge = nn.Conv2d(C, C, 2, 2).to(memory_format=torch.channels_last)
         self.view = nn.Parameter(torch.randn(V, C) * 0.02)
-        self.blocks = encoder(config, config.layers if side > 1 else 0)
+        self.blocks = encoder(config, config.layers if self.side > 1 else 0)
 
     def forward(self, images):
         x = images.float()
@@ -371,17 +362,13 @@ class Vision(nn.Module):
         median = some.median(2, keepdim=True).values[:, :, None]  # (B, V, 1, 1, 3)
         distance = (half - median).abs().amax(-1)  # (B, V, H / 2, W / 2)
         x = (x - self.image_mean) / self.image_std
-        x = self.embed(x.flatten(0, 1)).unflatten(0, images.shape[:2])  # (B, V, C, side, side)
-        tokens, scores = [], []
-        for i, side in enumerate(self.sides):
-            view = x[:, i] if side == x.shape[-1] else self.merge(x[:, i])
-            view = view.flatten(2).mT  # (B, side side, C)
-            if x.shape[-1] > 1:
-                view = view + sincos_2d(side, view.shape[2], view.device)
-            tokens.append(view + self.view[i])
-            scores.append(F.max_pool2d(distance[:, i], half.shape[2] // side).flatten(1))
-        kept = torch.cat(scores, 1).topk(self.keep).indices.sort().values
-        x = torch.cat(tokens, 1).take_along_dim(kept[..., None], 1)
+        x = self.embed(x.flatten(0, 1)).flatten(2).mT  # (B V, side side, C)
+        if self.side > 1:
+            x = x + sincos_2d(self.side, x.shape[2], x.device)
+        x = x.unflatten(0, images.shape[:2]) + self.view[:, None]  # (B, V, side side, C)
+        score = F.max_pool2d(distance, half.shape[2] // self.side).flatten(1)  # (B, P)
+        kept = score.topk(self.keep).indices.sort().values
+        x = x.flatten(1, 2).take_along_dim(kept[..., None], 1)
         return self.blocks(x), kept
 
 

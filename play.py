@@ -268,14 +268,13 @@ def look_inside(scene):
     images, state = policy.read_observations([[scene.obs, *past]])
     text = tokenize(scene.env.instruction, policy.config)[None]
     actions, _, attention, heard = policy(images, state, text)
-    heat = []
-    attention = attention[:, : len(POINTERS)].exp()  # (1, 2, P)
-    sides = policy.vision.sides
-    views = attention.split([side * side for side in sides], 2)
-    for side, view in zip(sides[: len(scene.env.cameras)], views):  # the newest pictures
-        grid = view.unflatten(2, (side, side))
-        heat.append(torch.nn.functional.interpolate(grid, images.shape[2]))
-    return actions[0], torch.cat(heat), heard.reading[0]
+    side = policy.vision.side
+    grid = (
+        attention[0, : len(POINTERS)].exp().unflatten(1, (-1, side, side))
+    )  # (2, V, side, side)
+    newest = grid[:, : len(scene.env.cameras)].transpose(0, 1)
+    heat = torch.nn.functional.interpolate(newest, images.shape[2])
+    return actions[0], heat, heard.reading[0]
 
 
 def draw_pipeline(scene, path):

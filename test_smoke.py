@@ -431,7 +431,6 @@ CHOICES = """
 {"frames": 3}
 {"cameras": ("front",)}
 {"cameras": ("front", "wrist", "top")}
-{"coarse_cameras": ()}
 {"text": "char", "max_text": 200}
 {"text_encoder": "lstm"}
 {"pointers": 0}

@@ -168,7 +168,7 @@ RECIPES = dict(
     ),
 )
 BC = dict(state="full", cameras=(), chunk=1, optimizer="adamw")
-ALL = dict(steps=8000, episodes=6000, randomize=1.0)  # of --tasks all
+ALL = dict(steps=14_000, episodes=6000, randomize=1.0)  # of --tasks all
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -367,9 +367,9 @@ class Demonstrations:
         settings.state_size, settings.goal_size = self.state.shape[1], self.goal.shape[2]
         settings.action_size, settings.image_size = self.action.shape[2], size
 
-    def batch(self, frames, wordings, sides, settings, rng, augment):
+    def batch(self, frames, wordings, side, settings, rng, augment):
         """The Batch of `frames` (B,) int64, of which the first ones are shown again with another
-        instruction. sides: patches across in each view. augment: whether in other light."""
+        instruction. side: patches across a picture. augment: whether in other light."""
         B = len(frames)
         relabelled = int(settings.relabel * B) if settings.model == "vla" else 0
         row = torch.arange(B + relabelled)
@@ -399,9 +399,8 @@ class Demonstrations:
         things = self.things[at]  # (R, 2)
         # of thing and place in each picture (R, 2, V', 2): x, y or -1; "no thing", -1, is masked
         uv = self.uv[rows[:, None], :, things]
-        side = torch.tensor(sides[: uv.shape[2]])
-        first = (side**2).cumsum(0) - side**2
-        cell = (uv * side[:, None]).long().clamp_min(0).minimum(side[:, None] - 1)
+        first = torch.arange(uv.shape[2]) * side**2  # (V',) patch of each picture
+        cell = (uv * side).long().clamp(0, side - 1)
         images = self.images[moments].flatten(1, 2)
         if self.randomized and augment:
             images = other_light(images, self.randomized)
@@ -663,7 +662,7 @@ if config.model == "vla":
     std = (pictures - mean).square().mean((0, 2, 3), keepdim=True).sqrt()
     model.vision.image_mean.copy_(mean[0].repeat(config.frames, 1, 1, 1))
     model.vision.image_std.copy_(std[0].repeat(config.frames, 1, 1, 1))
-sides = model.vision.sides if config.model == "vla" else [1]
+side = model.vision.side if config.model == "vla" else 1
 model.to(device)
 net = DistributedDataParallel(model) if RANKS > 1 else model
 if settings.compile:
@@ -708,7 +707,7 @@ print(
 def draw(frames, rng, augment=False):
     """This process's share of a batch of `frames`, see Demonstrations.batch."""
     mine = torch.from_numpy(frames[RANK::RANKS])
-    return demos.batch(mine, wordings, sides, settings, rng, augment)
+    return demos.batch(mine, wordings, side, settings, rng, augment)
 
 
 def average(value):
