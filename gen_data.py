@@ -2553,7 +2553,8 @@ def main():
         "--noise",
         type=number(float, 0, 1),
         default=1.0,
-        help="0 to 1: how much noise is executed with the actions (default 1)",
+        help="0 to 1: how much noise is executed with the actions, and how often a mistake comes before "
+        "them (default 1)",
     )
     add(
         "--workers",

@@ -31,8 +31,8 @@ import torch
 from PIL import Image
 
 from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, HELD_OUT, PRIVILEGED,
-                      GRAMMAR, NAMES, PROPRIO, SPLITS, TASKS, TEST_SEED, Env, all_requests, expert,
-                      is_held_out, make_wording, parse_instruction)
+                      GRAMMAR, NAMES, PROPRIO, SPLITS, TASKS, TEST_SEED, Disturbance, Env, all_requests,
+                      blunder, expert, is_held_out, make_wording, parse_instruction)
 from model import CHARS, VLA, Config, ngrams, split, tokenize
 
 TRAIN = ("train.py --data demos.h5 --device cpu --steps 6 --batch_size 8 --relabel 0.5 "
@@ -835,6 +835,26 @@ def test_demonstrations_without_noise_replay_exactly(trained, tmp_path):
         assert file["episode_2"].attrs["instruction"] in said
         tasks = [file[f"episode_{i}"].attrs["task"] for i in range(12)]
     assert all(f"{task} {tasks.count(task)}" in about for task in tasks)
+
+
+def test_the_expert_mends_what_a_mistaken_one_did():
+    """Which moved things, and left no trace but that."""
+    env = Env(tasks=["stack", "pick_place"], cameras=["wrist"])
+    rng = np.random.default_rng(0)
+    moved, mended = [], []
+    for seed in range(10):
+        env.reset(seed)
+        before = env.request, env.instruction, env.block_pos.copy()
+        blunder(env, rng, Disturbance(rng, 0))
+        assert (env.request, env.instruction, env.steps) == (*before[:2], 0)
+        assert list(env.cameras) == ["wrist"] and env.observe()["wrist_image"].any()
+        moved.append(abs(env.block_pos - before[2]).max() > 0.01)
+        over = False
+        while not over:
+            _, _, terminated, truncated, info = env.step(expert(env))
+            over = terminated or truncated
+        mended.append(info["success"])
+    assert sum(moved) >= 3 and sum(mended) >= 9
 
 
 env = Env(cameras=())
