@@ -46,7 +46,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 POINTERS = ("thing", "place")  # what is to be moved, and what it is to be moved to
 DROPPED = -20.0  # log-attention on a patch that was not kept: next to none
-UNDERSTOOD = 0.1  # probability of understands() below which a sentence is declined
+UNDERSTOOD = 0.05  # probability of understands() below which a sentence is declined
 
 
 # ---------------------------------------------------------------------------------- settings
