@@ -269,10 +269,9 @@ def look_inside(scene):
     text = tokenize(scene.env.instruction, policy.config)[None]
     actions, _, attention, heard = policy(images, state, text)
     side = policy.vision.side
-    grid = (
-        attention[0, : len(POINTERS)].exp().unflatten(1, (-1, side, side))
-    )  # (2, V, side, side)
-    newest = grid[:, : len(scene.env.cameras)].transpose(0, 1)
+    share = attention[0, : len(POINTERS)].exp()  # (2, P)
+    grid = share.unflatten(1, (-1, side, side)).transpose(0, 1)  # (V, 2, side, side)
+    newest = grid[: len(scene.env.cameras)]
     heat = torch.nn.functional.interpolate(newest, images.shape[2])
     return actions[0], heat, heard.reading[0]
 

@@ -399,7 +399,7 @@ class Demonstrations:
         things = self.things[at]  # (R, 2)
         # of thing and place in each picture (R, 2, V', 2): x, y or -1; "no thing", -1, is masked
         uv = self.uv[rows[:, None], :, things]
-        first = torch.arange(uv.shape[2]) * side**2  # (V',) patch of each picture
+        first = torch.arange(uv.shape[2]) * side**2  # (V',) its first patch
         cell = (uv * side).long().clamp(0, side - 1)
         images = self.images[moments].flatten(1, 2)
         if self.randomized and augment:
