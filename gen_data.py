@@ -505,6 +505,20 @@ class RayCamera:
         depth = local[..., 2:]
         return local[..., :2] / np.maximum(depth, 1e-3) / self.half * 0.5 + 0.5, depth
 
+    def calibration(self, data, hand):
+        """Where the camera is, as a laboratory knows it: what it is mounted on ("world" or "hand"),
+        its pose (4, 4) in that frame, m, with x right, y down, z ahead, and its vertical field of
+        view, degrees. hand: id of the site of the hand's frame."""
+        turn = data.cam_xmat[self.id].reshape(3, 3) * self.FLIP
+        position = data.cam_xpos[self.id]
+        mount = "hand" if self.model.cam_bodyid[self.id] else "world"
+        if mount == "hand":
+            frame = data.site_xmat[hand].reshape(3, 3)
+            turn, position = frame.T @ turn, frame.T @ (position - data.site_xpos[hand])
+        pose = np.eye(4)
+        pose[:3, :3], pose[:3, 3] = turn, position
+        return mount, pose, self.model.cam_fovy[self.id]
+
     def project(self, data, points):
         """World points (..., 3) m to image coordinates (..., 2): x right, y down, both 0..1."""
         uv, depth = self._look_at(data, points)
@@ -558,9 +572,9 @@ class Env:
     between actions and servos (see step).
 
     Observations are a dict: <camera>_image (64, 64, 3) uint8; joint_pos (7,) rad; ee_pos (3,) m,
-    between the fingertips; ee_vel (3,) m/s; gripper (1,) m between the fingers; object_pos and
-    target_pos (3,) m: the instructed thing and where it should go, which give the answer away.
-    All but images float32. Action: (4,) [dx, dy, dz, gripper] in [-1, 1]; 1 is 3 cm a step;
+    between the fingertips; ee_quat (4,), the hand's orientation, w first; ee_vel (3,) m/s; gripper
+    (1,) m between the fingers; object_pos and target_pos (3,) m: the instructed thing and where it
+    should go, which give the answer away. All but images float32. Action: (4,) [dx, dy, dz, gripper] in [-1, 1]; 1 is 3 cm a step;
     gripper > 0 opens, otherwise it closes. info["violations"] counts what the guard stopped,
     info["force"] is the largest contact force on a block so far, N, the table's included.
 
@@ -956,9 +970,12 @@ class Env:
                 noise = self.pixel_rng.normal(0, self.pixel_noise, image.shape)
                 image = (image + noise).clip(0, 255).astype(np.uint8)
             obs[f"{name}_image"] = image
+        ee_quat = np.zeros(4)
+        mujoco.mju_mat2Quat(ee_quat, self.data.site_xmat[self.hand])
         numbers = dict(
             joint_pos=self.data.qpos[:7],
             ee_pos=self.ee_pos,
+            ee_quat=ee_quat,
             ee_vel=self.ee_vel,
             gripper=[self.opening],
             object_pos=self.thing_pos[self.thing],
@@ -2219,6 +2236,9 @@ def demonstrate(env, seed, noise=1.0):
                 block_colors=",".join(env.block_colors),
                 pad_colors=",".join(env.pad_colors),
             )
+            for name, camera in env.cameras.items():
+                mount, pose, fovy = camera.calibration(env.data, env.hand)
+                attrs |= {f"{name}_mount": mount, f"{name}_pose": pose, f"{name}_fovy": fovy}
             episodes.append((attrs, arrays))
         request = env.draw_request(rng, avoid=env.request)
         if info["diverged"] or truncated or not goes_on or not request:
@@ -2245,7 +2265,7 @@ def grounding(env, relabel, index):
 
 
 # -------------------------------------------------------------------------------- the data file
-SCHEMA = "picovla-4"
+SCHEMA = "picovla-5"
 CHUNK = 8  # frames per compressed chunk of a camera's pictures
 BATCH = 4  # scenes in a file of an unfinished recording
 
@@ -2261,12 +2281,15 @@ def write_episode(file, index, attrs, arrays):
         attrs: instruction, task, slots (JSON), request (index in requests), things (2,) (what is
             to be moved and what it goes to: index among blocks, pads, the handle; -1: nothing),
             num_samples, success, interrupted, scene_seed, randomize (of its world), part (how
-            many instructions came before it in this scene), block_colors, pad_colors ("red,blue,..")
+            many instructions came before it in this scene), block_colors, pad_colors ("red,blue,..");
+            of each camera: front_mount ("world" or "hand"), front_pose (4, 4) (in that frame, m;
+            x right, y down, z ahead), front_fovy (degrees, vertical)
         observations/
             front_image, wrist_image     (T, 64, 64, 3) u1, one per camera
             joint_pos (T, 7) f4 rad      ee_pos (T, 3) f4 m      ee_vel (T, 3) f4 m/s
-            gripper (T, 1) f4 m          object_pos (T, 3) f4 m  target_pos (T, 3) f4 m
-        grounding/
+            ee_quat (T, 4) f4, w first   gripper (T, 1) f4 m
+            object_pos (T, 3) f4 m       target_pos (T, 3) f4 m  these two for --state full alone
+        grounding/                       optional: for train.py --labels simulator
             front_uv, wrist_uv           (T, things, 2) f4, 0..1 in the picture, -1: not visible
             things_pos                   (T, things, 3) f4 m
             relabel (T,) u2              another request that could be made at this moment, its

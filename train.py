@@ -37,7 +37,16 @@ from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import POLICIES, Config, add_flags, code_version, explain_errors, load_file, one_line
+from model import (
+    DROPPED,
+    POLICIES,
+    Config,
+    add_flags,
+    code_version,
+    explain_errors,
+    load_file,
+    one_line,
+)
 from model import WORD, setting, tokenize
 
 explain_errors("train.py")
@@ -72,7 +81,13 @@ class Settings(Config):
         2e-3, "AdamW's learning rate, for everything else", low=1e-9, high=1e30
     )
     seed: int = setting(0, "seed of weights and batches", low=0, high=10**9)
-    # task
+    # labels
+    labels: str = setting(
+        "hindsight",
+        "where thing and place are: as the demonstration itself shows afterwards, as a simulator "
+        "knows (grounding/ of the file), or unknown",
+        ("hindsight", "simulator", "none"),
+    )
     state: str = setting(
         "proprio",
         "what the robot feels (proprio), with the answer (full), or none",
@@ -83,7 +98,7 @@ class Settings(Config):
         "share of the batch shown again with another instruction and what the expert does then",
         low=0,
         high=1,
-        needs=("model", ("vla",)),
+        needs=("labels", ("simulator",)),
     )
     attention_weight: float = setting(
         0.1,
@@ -156,10 +171,7 @@ RECIPES = dict(
         fusion="transformer",
         chunk=1,
         loss="mse",
-        attention_weight=0.0,
-        goal_weight=0.0,
-        relabel=0.0,
-        release_weight=1.0,
+        labels="none",
         language_weight=0.0,
         typos=0.0,
         optimizer="adamw",
@@ -168,7 +180,8 @@ RECIPES = dict(
     ),
 )
 BC = dict(state="full", cameras=(), chunk=1, optimizer="adamw")
-ALL = dict(steps=14_000, episodes=6000, randomize=1.0)  # of --tasks all
+# Of --tasks all. With labels in hindsight it takes more than so many steps, see docs/RESULTS.md.
+ALL = dict(steps=14_000, episodes=6000, randomize=1.0, labels="simulator")
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -243,6 +256,7 @@ class Batch(NamedTuple):
     # what else the losses need
     weight: torch.Tensor  # (R, K, A) how much the actions count
     goal: torch.Tensor  # (R, G) m, world frame: thing and place
+    known: torch.Tensor  # (R, G) bool: whether that can be told
     patch: torch.Tensor  # (R, 2, V') int64: where those two are seen,
     visible: torch.Tensor  # (R, 2, V') in which of the newest pictures
     intent: torch.Tensor  # (U,) int64: what each sentence asks for, index in config.intents
@@ -252,55 +266,77 @@ class Batch(NamedTuple):
 class Demonstrations:
     """Everything of the data files in memory, tensors with one row for each of N frames:
 
-    images (N, V', H, W, 3) uint8 of V' cameras; state (N, S); opening (N,) m; start, end (N,): frames
-    of its episode; uv (N, V', things, 2), -1: not visible. And by instruction,
-    0: the one that is carried out, 1: another that the scene allows: request (2, N), index of
-    requests; things (2, N, 2), -1: none; goal (2, N, G) m; action (2, N, A). train, valid: which
-    frames are to learn from, and which are of held-out scenes.
+    images (N, V', H, W, 3) uint8 of V' cameras; state (N, S); opening (N,), share of the widest;
+    start, end (N,): frames of its episode. And by instruction, 0: the one that is carried out, 1, with
+    the labels of a simulator: another that the scene allows: request (I, N), index of requests; goal
+    (I, N, G) m, of thing and place, nan: unknown; uv (I, N, 2, V', 2), where in the pictures those
+    are, 0..1, -1: not seen; action (I, N, A). train, valid: which frames are to learn from, and which
+    are of held-out scenes.
 
     Sets the settings that follow from the files.
     """
 
-    CLOSED = 0.055  # m between the fingers: less with a block in them
     THERE = 0.03  # m from its place
 
     def __init__(self, paths, settings, chosen):
         files = [h5py.File(path) for path in paths]
         attrs = files[0].attrs
         for key in ("requests", "env_args", "proprio"):
-            if any(file.attrs[key] != attrs[key] for file in files):
+            if any(file.attrs.get(key) != attrs.get(key) for file in files):
                 raise ValueError("its files were made with different tasks or cameras")
-        self.requests = json.loads(attrs["requests"])
-        self.gripper = attrs["action_names"].split(",").index("gripper")
-        settings.tasks = tuple(attrs["tasks"].split(","))
-        wanted = chosen.get("tasks", settings.tasks)
-        if wanted == ("all",):
-            wanted = attrs["all_tasks"].split(",")
-        if set(wanted) != set(settings.tasks):
-            raise ValueError(f"it holds {attrs['tasks']}, not {','.join(wanted)}")
-        recorded = json.loads(attrs["env_args"])["env_kwargs"]["cameras"]
-        settings.cameras = tuple(chosen.get("cameras", recorded))
-        proprio, privileged = attrs["proprio"].split(","), attrs["privileged"].split(",")
-        keys = dict(proprio=proprio, full=proprio + privileged, none=[])
-        settings.state_keys = tuple(keys[settings.state])
-        self.wordings = {
-            name: wordings.asstr()[:] for name, wordings in files[0]["wordings"].items()
-        }
-        settings.intents = (*sorted(self.wordings.keys() - {"none"}), "none")
-        # how far its worlds are from the normal one, see other_light
-        self.randomized = json.loads(attrs["env_args"])["env_kwargs"].get("randomize", 0.0)
-
         episodes, held_out = [], []
         for file in files:
-            masked = set(file["mask/valid"][:])
-            for i in range(file.attrs["total"]):
+            total = file.attrs.get("total", sum(name.startswith("episode_") for name in file))
+            masked = set(file["mask/valid"][:]) if "mask/valid" in file else None
+            for i in range(total):
                 episodes.append(file[f"episode_{i}"])
-                held_out.append(f"demo_{i}".encode() in masked)
+                held_out.append(i % 20 == 0 if masked is None else b"demo_%d" % i in masked)
         if settings.max_episodes > len(episodes):
             raise ValueError(f"--max_episodes {settings.max_episodes}: it has {len(episodes)}")
         episodes = episodes[: settings.max_episodes or None]
+        if not episodes:
+            raise ValueError("there is no episode_0 in it")
+
+        # Of what it says about itself, demonstrations of another robot may lack everything.
+        observations = sorted(episodes[0]["observations"])
+        pictures = [key[: -len("_image")] for key in observations if key.endswith("_image")]
+        numbers = [key for key in observations if not key.endswith("_image")]
+        about = json.loads(attrs.get("env_args", "{}")).get("env_kwargs", {})
+        self.ours = bool(about)  # eval.py has its world
+        self.randomized = about.get("randomize", 0.0)  # see other_light
+        settings.cameras = tuple(chosen.get("cameras", about.get("cameras", pictures)))
+        proprio = attrs.get("proprio", ",".join(numbers)).split(",")
+        privileged = attrs["privileged"].split(",") if "privileged" in attrs else []
+        keys = dict(proprio=proprio, full=proprio + privileged, none=[])
+        settings.state_keys = tuple(keys[settings.state])
+        names = attrs.get("action_names", "gripper").split(",")
+        self.gripper = names.index("gripper") - len(names)  # from the end
+        settings.tasks = tuple(attrs.get("tasks", "demonstrated").split(","))
+        wanted = chosen.get("tasks", settings.tasks)
+        if wanted == ("all",):
+            wanted = attrs.get("all_tasks", "all").split(",")
+        if set(wanted) != set(settings.tasks):
+            raise ValueError(f"it holds {','.join(settings.tasks)}, not {','.join(wanted)}")
+
+        if "requests" in attrs:
+            self.requests = json.loads(attrs["requests"])
+            asked = [episode.attrs["request"] for episode in episodes]
+            if max(asked) >= len(self.requests):
+                raise ValueError(f"request of episode_{np.argmax(asked)} is {max(asked)}")
+            self.wordings = {
+                name: wordings.asstr()[:] for name, wordings in files[0]["wordings"].items()
+            }
+        else:  # each sentence stands for itself
+            sentences = [episode.attrs["instruction"] for episode in episodes]
+            distinct = list(dict.fromkeys(sentences))
+            self.requests = [dict(intent=sentence, slots={}) for sentence in distinct]
+            asked = [distinct.index(sentence) for sentence in sentences]
+            self.wordings = {sentence: [sentence] for sentence in distinct}
+        settings.intents = (*sorted(self.wordings.keys() - {"none"}), "none")
+
         lengths = [len(episode["actions"]) for episode in episodes]
-        self._read(episodes, lengths, privileged, settings)
+        asked = np.repeat(asked, lengths)
+        self._read(episodes, lengths, asked, privileged, settings)
         ends = np.cumsum(lengths)
         self.end = torch.from_numpy(np.repeat(ends, lengths))
         self.start = torch.from_numpy(np.repeat(ends - lengths, lengths))
@@ -311,11 +347,11 @@ class Demonstrations:
                 "it is too small: it must have scenes to train on and held-out ones"
             )
 
-    def _read(self, episodes, lengths, privileged, settings):
-        """Reads and checks the arrays of all episodes, of so many frames each."""
-        N = sum(lengths)
-        images = [f"observations/{camera}_image" for camera in settings.cameras]
-        uvs = [f"grounding/{camera}_uv" for camera in settings.cameras]
+    def _read(self, episodes, lengths, asked, privileged, settings):
+        """Reads and checks the arrays of all episodes, of so many frames each. asked (N,): the request
+        of each frame."""
+        N, cameras = sum(lengths), settings.cameras
+        images = [f"observations/{camera}_image" for camera in cameras]
         size = episodes[0][images[0]].shape[2] if images else Config.image_size
         need = N * (len(images) * size**2 * 3 + 2000)
         meminfo = Path("/proc/meminfo")
@@ -342,11 +378,12 @@ class Demonstrations:
                     )
                 yield array
 
-        def read(names, *kind):
-            return [torch.cat(list(arrays(name, *kind))) for name in names]
+        def read(*names, kind=()):
+            """Each of these (N, ...), stacked."""
+            return torch.stack([torch.cat(list(arrays(name, *kind))) for name in names])
 
         def observed(keys):
-            columns = read([f"observations/{key}" for key in keys])
+            columns = [read(f"observations/{key}")[0] for key in keys]
             return torch.cat([torch.zeros(N, 0), *columns], 1)
 
         self.images = torch.empty(N, len(images), size, size, 3, dtype=torch.uint8)
@@ -354,24 +391,62 @@ class Demonstrations:
             places = self.images[:, v].split(lengths)
             for place, array in zip(places, arrays(name, torch.uint8, 0, 255)):
                 place.copy_(array)
-        uv = read(uvs or ["grounding/things_pos"])
-        self.uv = torch.stack(uv, 1)[..., :2]
         self.state, self.opening = observed(settings.state_keys), observed(["gripper"])[:, 0]
-        self.goal = torch.stack([observed(privileged), *read(["grounding/relabel_goal"])])
-        action = ["actions", "grounding/relabel_action"]
-        self.action = torch.stack(read(action, torch.float32, -1, 1))
-        request = ["request", "grounding/relabel"]
-        self.request = torch.stack(read(request, torch.int64, 0, len(self.requests) - 1))
-        things = ["things", "grounding/relabel_things"]
-        self.things = torch.stack(read(things, torch.int64, -1, uv[0].shape[1] - 1))
+        self.opening = self.opening / self.opening.max().clamp_min(1e-9)
+        self.request = torch.from_numpy(asked)[None].long()
+        self.action = read("actions", kind=(torch.float32, -1, 1))
+        if settings.labels == "simulator":
+            if "grounding" not in episodes[0]:
+                raise ValueError("it has no grounding/, which --labels simulator needs")
+            known = torch.int64, 0, len(self.requests) - 1
+            self.request = torch.cat([self.request, read("grounding/relabel", kind=known)])
+            relabel = read("grounding/relabel_action", kind=(torch.float32, -1, 1))
+            self.action = torch.cat([self.action, relabel])
+        self.uv = torch.full((len(self.request), N, 2, len(cameras), 2), -1.0)
+        if settings.labels == "none":
+            self.goal = torch.full((1, N, 6), torch.nan)
+        elif settings.labels == "simulator":
+            self.goal = torch.stack([observed(privileged), read("grounding/relabel_goal")[0]])
+            found = [read(f"grounding/{camera}_uv")[0] for camera in cameras]
+            last = found[0].shape[1] - 1 if found else 99
+            things = read("things", "grounding/relabel_things", kind=(torch.int64, -1, last))
+            for v, uv in enumerate(found):  # (N, things, 2)
+                self.uv[..., v, :] = uv[torch.arange(N)[:, None], things]
+            self.uv[things < 0] = -1
+        else:
+            self._look_back(episodes, lengths, cameras, observed)
         settings.state_size, settings.goal_size = self.state.shape[1], self.goal.shape[2]
         settings.action_size, settings.image_size = self.action.shape[2], size
 
+    def _look_back(self, episodes, lengths, cameras, observed):
+        """Sets goal and uv to what each episode shows in hindsight."""
+        hand = observed(["ee_pos"]).numpy()
+        close = (self.action[0, :, self.gripper] <= 0).numpy()
+        opening = self.opening.numpy()
+        mounts = [episodes[0].attrs.get(f"{camera}_mount") for camera in cameras]
+        turn = np.zeros((len(hand), 3, 3))
+        if "hand" in mounts:
+            turn = rotations(observed(["ee_quat"]).numpy())
+        goals, end = [], 0
+        for episode, T in zip(episodes, lengths):
+            at = slice(end, end + T)
+            end += T
+            complete = not episode.attrs.get("interrupted", False)
+            thing, place, put = hindsight(hand[at], opening[at], close[at], complete)
+            goals.append(np.concatenate([thing, place], 1))
+            points = np.stack([thing, np.where(put, place, np.nan)], 1)
+            for v, camera in enumerate(cameras):
+                if mounts[v]:
+                    uv = project(points, episode.attrs, camera, hand[at], turn[at])
+                    self.uv[0, at, :, v] = torch.from_numpy(uv)
+        self.goal = torch.from_numpy(np.concatenate(goals)).float()[None]
+
     def batch(self, frames, wordings, side, settings, rng, augment):
         """The Batch of `frames` (B,) int64, of which the first ones are shown again with another
-        instruction. side: patches across a picture. augment: whether in other light."""
+        instruction, if there are any. side: patches across a picture. augment: whether in other
+        light."""
         B = len(frames)
-        relabelled = int(settings.relabel * B) if settings.model == "vla" else 0
+        relabelled = int(settings.relabel * B) if len(self.request) > 1 else 0
         row = torch.arange(B + relabelled)
         picture, instruction = row % B, row // B
         rows = frames[picture]
@@ -391,14 +466,12 @@ class Demonstrations:
         goal = self.goal[at]
         thing, place = goal.chunk(2, 1)
         release = (thing - place).norm(dim=1) < self.THERE
-        release &= self.opening[rows] < self.CLOSED
+        release &= self.opening[rows] < FULL
         opens = target[..., self.gripper] > 0
         weight = torch.ones_like(target)
         weight[..., self.gripper][release[:, None] & opens] = settings.release_weight
 
-        things = self.things[at]  # (R, 2)
-        # of thing and place in each picture (R, 2, V', 2): x, y or -1; "no thing", -1, is masked
-        uv = self.uv[rows[:, None], :, things]
+        uv = self.uv[at]  # of thing and place in each picture (R, 2, V', 2)
         first = torch.arange(uv.shape[2]) * side**2  # (V',) its first patch
         cell = (uv * side).long().clamp(0, side - 1)
         images = self.images[moments].flatten(1, 2)
@@ -412,12 +485,104 @@ class Demonstrations:
             target=target,
             valid=valid,
             weight=weight,
-            goal=goal,
+            goal=goal.nan_to_num(),
+            known=goal.isfinite(),
             patch=first + cell[..., 1] * side + cell[..., 0],
-            visible=(uv[..., 0] >= 0) & (things >= 0)[..., None],
+            visible=uv[..., 0] >= 0,
             **heard,
         )
         return Batch(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+# How far the gripper is open, as a share of its widest, with a thing in it: above EMPTY, below FULL.
+EMPTY, FULL = 0.15, 0.65
+SAME = 0.03  # m: what is let go and taken again as near as that is the same thing
+REACH = 0.03  # m from the hand to the middle of what it pushes
+
+
+def hindsight(hand, opening, close, complete):
+    """What an episode turned out to be about, by the robot's own numbers: where the thing was at each
+    moment (T, 3) m, where it was to go (T, 3) m, and whether it was put there; nan: who knows.
+
+    | what the hand did                 | the thing                           | the place     |
+    | closed on something               | where it closes next, or the hand   | where it opened |
+    | ended shut, with nothing in it    | was pushed: see below               | where it ended  |
+    | neither, or it was interrupted    | nobody knows                        | nobody knows    |
+
+    hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted.
+    """
+    T = len(hand)
+    thing, place = np.full((2, T, 3), np.nan)
+    full = (EMPTY < opening) & (opening < FULL)
+    full &= np.append(
+        full[1:], full[-1]
+    )  # for two steps: fingers that close on nothing pass through
+    holding = np.zeros(T, bool)
+    for t in range(T):
+        still = t > 0 and holding[t - 1] and opening[t] > EMPTY
+        holding[t] = close[t] and (full[t] or still)
+    shut = close[-1] and opening[-1] < EMPTY
+
+    # What is in the hand from the start may be what was asked for, or in the way.
+    if holding[0]:
+        first = T if holding.all() else holding.argmin()  # frame it is let go
+        again = first + holding[first:].argmax() if holding[first:].any() else None
+        if again is None:
+            in_the_way = shut or not complete
+        else:
+            in_the_way = np.linalg.norm(hand[again] - hand[first - 1]) > SAME
+        if in_the_way:
+            holding[:first] = False
+
+    if holding.any() and not (complete and shut):
+        last = T - 1 - holding[::-1].argmax()
+        at = hand[last]
+        for t in reversed(range(T)):
+            at = hand[t] if holding[t] else at
+            thing[t] = at
+        if complete:
+            place[:] = hand[last]
+        return thing, place, complete and last < T - 1
+    if complete and shut:
+        # It came down behind the thing and went on as far beyond where that was.
+        empty = opening < EMPTY
+        high = ~empty | (hand[:, 2] > hand[empty, 2].min() + 0.025)
+        high[-1] = False
+        first = 0 if not high.any() else T - high[::-1].argmax()
+        way = (hand[-1] - hand[first]) * [1, 1, 0]
+        way /= np.linalg.norm(way) + 1e-9
+        middle = (hand[first] + hand[-1]) / 2
+        ahead = hand + REACH * way
+        touched = (np.arange(T) >= first) & ((ahead - middle) @ way > 0)
+        thing[:] = np.where(touched[:, None], ahead, middle)
+        place[:] = hand[-1]
+    return thing, place, False
+
+
+def rotations(quat):
+    """Quaternions (N, 4), w first, to matrices (N, 3, 3)."""
+    w, x, y, z = quat.T
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return np.moveaxis(np.array(rows), 2, 0)
+
+
+def project(points, attrs, camera, hand, turn):
+    """Points (T, n, 3) m, world frame, to a picture of this camera (T, n, 2): x right, y down, 0..1;
+    -1: not in it, or unknown. attrs: of the episode, see write_episode in gen_data.py; hand (T, 3)
+    m, turn (T, 3, 3): the hand's pose."""
+    pose, fovy = attrs[f"{camera}_pose"], attrs[f"{camera}_fovy"]
+    axes, position = pose[:3, :3], pose[:3, 3]
+    if attrs[f"{camera}_mount"] == "hand":
+        axes, position = turn @ axes, (hand + turn @ position)[:, None]
+    local = (points - position) @ axes
+    half = np.tan(np.radians(fovy) / 2)
+    uv = local[..., :2] / np.maximum(local[..., 2:], 1e-3) / half * 0.5 + 0.5
+    seen = (local[..., 2] > 0) & (np.abs(uv - 0.5) < 0.5).all(-1)
+    return np.where(seen[..., None], uv, -1).astype(np.float32)
 
 
 def share(requests, rows=3):
@@ -459,8 +624,9 @@ class Wordings:
         self.settings = settings
         self.wordings = {}  # each a list of words
         for intent, sentences in wordings.items():
-            split = [re.findall(r"{\w+}|" + WORD, sentence) for sentence in sentences]
-            self.wordings[intent] = [words for words in split if len(words) <= self.LONGEST]
+            split = [re.findall(r"{\w+}|" + WORD, sentence.lower()) for sentence in sentences]
+            short = [words for words in split if len(words) <= self.LONGEST]
+            self.wordings[intent] = short or split
         every = set(itertools.chain(*itertools.chain(*self.wordings.values())))
         self.requests, names = [], set()
         for request in requests:
@@ -530,14 +696,15 @@ def compute_losses(net, batch, model):
     if model.config.model == "bc":
         return dict(action=action)
     wanted = (batch.goal - model.goal_mean) / model.goal_std
-    terms = dict(action=action, goal=F.smooth_l1_loss(goal.float(), wanted, beta=0.1))
+    error = F.smooth_l1_loss(goal.float(), wanted, reduction="none", beta=0.1)
+    goal = (error * batch.known).sum() / batch.known.sum().clamp_min(1)
+    terms = dict(action=action, goal=goal)
     M = attention.shape[1]
     if M and model.config.vision != "cnn":  # maps of thing and place in turn
         patch = batch.patch.repeat(1, M // 2, 1)  # (R, M, V')
-        visible = batch.visible.repeat(1, M // 2, 1)
-        seen = (attention.float().gather(2, patch) * visible).sum(2) / visible.sum(2).clamp_min(
-            1
-        )
+        found = attention.float().gather(2, patch)
+        visible = batch.visible.repeat(1, M // 2, 1) & (found > DROPPED)
+        seen = (found * visible).sum(2) / visible.sum(2).clamp_min(1)
         terms["attention"] = -seen.mean()
     if heard.intents is not None:
         terms["language"] = F.cross_entropy(heard.intents.float(), batch.intent)
@@ -551,9 +718,13 @@ def compute_losses(net, batch, model):
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz iteration (Keller Jordan,
     github.com/KellerJordan/Muon), in fp32 and all matrices of a shape at once: torch.optim.Muon
-    computes in bf16, 1.2 s a step on a CPU without bf16 units."""
+    computes in bf16, 1.2 s a step on a CPU without bf16 units.
+
+    Without weight decay (arXiv:2502.16982) the matrices grow at every step: after 11,000 steps logits
+    of attention were in the thousands, where bf16 is exact to 16, and the pointers got lost."""
 
     MOMENTUM = 0.95
+    DECAY = 0.1
 
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr))
@@ -576,6 +747,7 @@ class Muon(torch.optim.Optimizer):
                 x = x.mT if tall else x
                 scale = max(1, shape[0] / shape[1]) ** 0.5
                 for p, update in zip(params, x):
+                    p.mul_(1 - group["lr"] * self.DECAY)
                     p.add_(update, alpha=-group["lr"] * scale)
 
 
@@ -655,8 +827,10 @@ model.state_mean.copy_(state.mean(0))
 model.state_std.copy_(state.std(0) + 1e-3)
 if config.model == "vla":
     goal = demos.goal[0, demos.train]
-    model.goal_mean.copy_(goal.mean(0))
-    model.goal_std.copy_(goal.std(0) + 1e-3)
+    goal = goal[goal.isfinite().all(1)]
+    if len(goal):
+        model.goal_mean.copy_(goal.mean(0))
+        model.goal_std.copy_(goal.std(0) + 1e-3)
     pictures = demos.images[demos.train[::97]].float()  # (n, V, H, W, 3)
     mean = pictures.mean((0, 2, 3), keepdim=True)  # (1, V, 1, 1, 3)
     std = (pictures - mean).square().mean((0, 2, 3), keepdim=True).sqrt()
@@ -800,6 +974,6 @@ print(
     f"training {(time.time() - start) / 60 - data_minutes:.1f} min",
     flush=True,
 )
-if settings.eval_interval:
+if settings.eval_interval and demos.ours:
     episodes = f"--episodes={settings.eval_episodes}"
     sys.exit(run("eval.py", "--ckpt", ckpt, "--seed=0", episodes))
