@@ -16,6 +16,7 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -266,12 +267,12 @@ class Batch(NamedTuple):
 class Demonstrations:
     """Everything of the data files in memory, tensors with one row for each of N frames:
 
-    images (N, V', H, W, 3) uint8 of V' cameras; state (N, S); opening (N,), share of the widest;
-    start, end (N,): frames of its episode. And by instruction, 0: the one that is carried out, 1, with
-    the labels of a simulator: another that the scene allows: request (I, N), index of requests; goal
-    (I, N, G) m, of thing and place, nan: unknown; uv (I, N, 2, V', 2), where in the pictures those
-    are, 0..1, -1: not seen; action (I, N, A). train, valid: which frames are to learn from, and which
-    are of held-out scenes.
+    images (N, V', H, W, 3) uint8 of V' cameras; state (N, S); opening (N,) of the gripper, a share of
+    its widest; start, end (N,): frames of its episode. And by instruction, 0: the one that is carried
+    out, 1, with the labels of a simulator: another that the scene allows: request (I, N), index of
+    requests; action (I, N, A); goal (I, N, G) m, of thing and place, nan: unknown; uv (I, N, 2, V', 2),
+    where in the pictures those are, 0..1, -1: not seen. train, valid: which frames are to learn from,
+    and which are of held-out scenes.
 
     Sets the settings that follow from the files.
     """
@@ -284,30 +285,57 @@ class Demonstrations:
         for key in ("requests", "env_args", "proprio"):
             if any(file.attrs.get(key) != attrs.get(key) for file in files):
                 raise ValueError("its files were made with different tasks or cameras")
-        episodes, held_out = [], []
+        held_out = self._find_episodes(files, settings.max_episodes)
+        self._find_keys(attrs, settings, chosen)
+        self._find_sentences(files[0], settings)
+        self._read_episodes(settings)
+        labels = dict(
+            hindsight=self._label_in_hindsight,
+            simulator=self._label_as_simulated,
+            none=self._label_nothing,
+        )
+        labels[settings.labels](settings.cameras)
+        settings.state_size, settings.goal_size = self.state.shape[1], self.goal.shape[2]
+        settings.action_size, settings.image_size = self.action.shape[2], self.images.shape[2]
+        ends = np.cumsum(self.lengths)
+        self.end = torch.from_numpy(np.repeat(ends, self.lengths))
+        self.start = torch.from_numpy(np.repeat(ends - self.lengths, self.lengths))
+        held_out = np.repeat(held_out, self.lengths)
+        self.train, self.valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        if not len(self.train) or not len(self.valid):
+            raise ValueError(
+                "it is too small: it must have scenes to train on and held-out ones"
+            )
+
+    def _find_episodes(self, files, most):
+        """Sets episodes and lengths; returns which are held out (episodes,) bool."""
+        self.episodes, held_out = [], []
         for file in files:
             total = file.attrs.get("total", sum(name.startswith("episode_") for name in file))
             masked = set(file["mask/valid"][:]) if "mask/valid" in file else None
             for i in range(total):
-                episodes.append(file[f"episode_{i}"])
+                self.episodes.append(file[f"episode_{i}"])
                 held_out.append(i % 20 == 0 if masked is None else b"demo_%d" % i in masked)
-        if settings.max_episodes > len(episodes):
-            raise ValueError(f"--max_episodes {settings.max_episodes}: it has {len(episodes)}")
-        episodes = episodes[: settings.max_episodes or None]
-        if not episodes:
-            raise ValueError("there is no episode_0 in it")
+        if most > len(self.episodes):
+            raise ValueError(f"--max_episodes {most}: it has {len(self.episodes)}")
+        self.episodes = self.episodes[: most or None]
+        if not self.episodes:
+            raise ValueError("it has no episode_0")
+        self.lengths = [len(episode["actions"]) for episode in self.episodes]
+        return np.array(held_out[: len(self.lengths)])
 
-        # Of what it says about itself, demonstrations of another robot may lack everything.
-        observations = sorted(episodes[0]["observations"])
+    def _find_keys(self, attrs, settings, chosen):
+        """What the file says about itself, of which another robot's may lack everything."""
+        observations = sorted(self.episodes[0]["observations"])
         pictures = [key[: -len("_image")] for key in observations if key.endswith("_image")]
         numbers = [key for key in observations if not key.endswith("_image")]
-        about = json.loads(attrs.get("env_args", "{}")).get("env_kwargs", {})
-        self.ours = bool(about)  # eval.py has its world
-        self.randomized = about.get("randomize", 0.0)  # see other_light
-        settings.cameras = tuple(chosen.get("cameras", about.get("cameras", pictures)))
+        world = json.loads(attrs.get("env_args", "{}")).get("env_kwargs", {})
+        self.ours = bool(world)  # eval.py can score it
+        self.randomized = world.get("randomize", 0.0)  # see other_light
+        settings.cameras = tuple(chosen.get("cameras", world.get("cameras", pictures)))
         proprio = attrs.get("proprio", ",".join(numbers)).split(",")
-        privileged = attrs["privileged"].split(",") if "privileged" in attrs else []
-        keys = dict(proprio=proprio, full=proprio + privileged, none=[])
+        self.privileged = attrs["privileged"].split(",") if "privileged" in attrs else []
+        keys = dict(proprio=proprio, full=proprio + self.privileged, none=[])
         settings.state_keys = tuple(keys[settings.state])
         names = attrs.get("action_names", "gripper").split(",")
         self.gripper = names.index("gripper") - len(names)  # from the end
@@ -318,42 +346,55 @@ class Demonstrations:
         if set(wanted) != set(settings.tasks):
             raise ValueError(f"it holds {','.join(settings.tasks)}, not {','.join(wanted)}")
 
-        if "requests" in attrs:
-            self.requests = json.loads(attrs["requests"])
-            asked = [episode.attrs["request"] for episode in episodes]
-            if max(asked) >= len(self.requests):
-                raise ValueError(f"request of episode_{np.argmax(asked)} is {max(asked)}")
+    def _find_sentences(self, file, settings):
+        """Sets requests, [{intent, slots}, ..], the request of each frame, and wordings of each intent."""
+        if "requests" in file.attrs:
+            self.requests = json.loads(file.attrs["requests"])
+            asked = [episode.attrs["request"] for episode in self.episodes]
             self.wordings = {
-                name: wordings.asstr()[:] for name, wordings in files[0]["wordings"].items()
+                name: wordings.asstr()[:] for name, wordings in file["wordings"].items()
             }
         else:  # each sentence stands for itself
-            sentences = [episode.attrs["instruction"] for episode in episodes]
+            sentences = [episode.attrs["instruction"] for episode in self.episodes]
             distinct = list(dict.fromkeys(sentences))
             self.requests = [dict(intent=sentence, slots={}) for sentence in distinct]
             asked = [distinct.index(sentence) for sentence in sentences]
             self.wordings = {sentence: [sentence] for sentence in distinct}
+        if max(asked) >= len(self.requests):
+            raise ValueError(f"request of episode_{np.argmax(asked)} is {max(asked)}")
+        self.request = torch.from_numpy(np.repeat(asked, self.lengths)).long()[None]
         settings.intents = (*sorted(self.wordings.keys() - {"none"}), "none")
 
-        lengths = [len(episode["actions"]) for episode in episodes]
-        asked = np.repeat(asked, lengths)
-        self._read(episodes, lengths, asked, privileged, settings)
-        ends = np.cumsum(lengths)
-        self.end = torch.from_numpy(np.repeat(ends, lengths))
-        self.start = torch.from_numpy(np.repeat(ends - lengths, lengths))
-        held_out = np.repeat(held_out[: len(lengths)], lengths)
-        self.train, self.valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        if not len(self.train) or not len(self.valid):
-            raise ValueError(
-                "it is too small: it must have scenes to train on and held-out ones"
-            )
+    def _arrays(self, name, dtype=torch.float32, low=-1e30, high=1e30):
+        """This array (T, ...) of each episode, checked; an attribute is the same in all its frames."""
+        bar = tqdm(self.episodes, name, leave=False, disable=None)  # None: no terminal
+        for episode, T in zip(bar, self.lengths):
+            there = name in episode
+            array = episode[name][:] if there else np.array([episode.attrs[name]] * T)
+            array = torch.from_numpy(array)
+            fits = len(array) == T and torch.can_cast(array.dtype, dtype)
+            array = array.to(dtype)
+            if not fits or not torch.equal(array.clamp(low, high), array):  # nor is nan
+                raise ValueError(
+                    f"{name} of {episode.name[1:]} is not {T} {dtype} from {low} to {high}"
+                )
+            yield array
 
-    def _read(self, episodes, lengths, asked, privileged, settings):
-        """Reads and checks the arrays of all episodes, of so many frames each. asked (N,): the request
-        of each frame."""
-        N, cameras = sum(lengths), settings.cameras
-        images = [f"observations/{camera}_image" for camera in cameras]
-        size = episodes[0][images[0]].shape[2] if images else Config.image_size
-        need = N * (len(images) * size**2 * 3 + 2000)
+    def _read(self, name, *kind):
+        """The same of all, (N, ...)."""
+        return torch.cat(list(self._arrays(name, *kind)))
+
+    def _observed(self, keys):
+        """These observations side by side, (N, n)."""
+        columns = [self._read(f"observations/{key}") for key in keys]
+        return torch.cat([torch.zeros(sum(self.lengths), 0), *columns], 1)
+
+    def _read_episodes(self, settings):
+        """Sets images, state, opening and the actions that were carried out."""
+        names = [f"observations/{camera}_image" for camera in settings.cameras]
+        size = self.episodes[0][names[0]].shape[2] if names else Config.image_size
+        shape = sum(self.lengths), len(names), size, size, 3
+        need = math.prod(shape) + 2000 * shape[0]
         meminfo = Path("/proc/meminfo")
         if meminfo.exists():  # Linux only
             free = int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1]) * 1024
@@ -362,84 +403,63 @@ class Demonstrations:
                     f"{settings.data} needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB "
                     "are free; --max_episodes needs less"
                 )
-
-        def arrays(name, dtype=torch.float32, low=-1e30, high=1e30):
-            """This array (T, ...) of each episode; an attribute is the same in all its frames."""
-            bar = tqdm(episodes, name, leave=False, disable=None)  # None: no terminal
-            for episode, T in zip(bar, lengths):
-                there = name in episode
-                array = episode[name][:] if there else np.array([episode.attrs[name]] * T)
-                array = torch.from_numpy(array)
-                fits = len(array) == T and torch.can_cast(array.dtype, dtype)
-                array = array.to(dtype)
-                if not fits or not torch.equal(array.clamp(low, high), array):  # nor is nan
-                    raise ValueError(
-                        f"{name} of {episode.name[1:]} is not {T} {dtype} from {low} to {high}"
-                    )
-                yield array
-
-        def read(*names, kind=()):
-            """Each of these (N, ...), stacked."""
-            return torch.stack([torch.cat(list(arrays(name, *kind))) for name in names])
-
-        def observed(keys):
-            columns = [read(f"observations/{key}")[0] for key in keys]
-            return torch.cat([torch.zeros(N, 0), *columns], 1)
-
-        self.images = torch.empty(N, len(images), size, size, 3, dtype=torch.uint8)
-        for v, name in enumerate(images):  # in place: they are large
-            places = self.images[:, v].split(lengths)
-            for place, array in zip(places, arrays(name, torch.uint8, 0, 255)):
+        self.images = torch.empty(shape, dtype=torch.uint8)
+        for v, name in enumerate(names):  # in place: they are large
+            places = self.images[:, v].split(self.lengths)
+            for place, array in zip(places, self._arrays(name, torch.uint8, 0, 255)):
                 place.copy_(array)
-        self.state, self.opening = observed(settings.state_keys), observed(["gripper"])[:, 0]
-        self.opening = self.opening / self.opening.max().clamp_min(1e-9)
-        self.request = torch.from_numpy(asked)[None].long()
-        self.action = read("actions", kind=(torch.float32, -1, 1))
-        if settings.labels == "simulator":
-            if "grounding" not in episodes[0]:
-                raise ValueError("it has no grounding/, which --labels simulator needs")
-            known = torch.int64, 0, len(self.requests) - 1
-            self.request = torch.cat([self.request, read("grounding/relabel", kind=known)])
-            relabel = read("grounding/relabel_action", kind=(torch.float32, -1, 1))
-            self.action = torch.cat([self.action, relabel])
-        self.uv = torch.full((len(self.request), N, 2, len(cameras), 2), -1.0)
-        if settings.labels == "none":
-            self.goal = torch.full((1, N, 6), torch.nan)
-        elif settings.labels == "simulator":
-            self.goal = torch.stack([observed(privileged), read("grounding/relabel_goal")[0]])
-            found = [read(f"grounding/{camera}_uv")[0] for camera in cameras]
-            last = found[0].shape[1] - 1 if found else 99
-            things = read("things", "grounding/relabel_things", kind=(torch.int64, -1, last))
-            for v, uv in enumerate(found):  # (N, things, 2)
-                self.uv[..., v, :] = uv[torch.arange(N)[:, None], things]
-            self.uv[things < 0] = -1
-        else:
-            self._look_back(episodes, lengths, cameras, observed)
-        settings.state_size, settings.goal_size = self.state.shape[1], self.goal.shape[2]
-        settings.action_size, settings.image_size = self.action.shape[2], size
+        self.state = self._observed(settings.state_keys)
+        opening = self._observed(["gripper"])[:, 0]
+        self.opening = opening / opening.max().clamp_min(1e-9)
+        self.action = self._read("actions", torch.float32, -1, 1)[None]
 
-    def _look_back(self, episodes, lengths, cameras, observed):
-        """Sets goal and uv to what each episode shows in hindsight."""
-        hand = observed(["ee_pos"]).numpy()
+    def _label_nothing(self, cameras):
+        N = len(self.state)
+        self.goal = torch.full((1, N, 6), torch.nan)
+        self.uv = torch.full((1, N, 2, len(cameras), 2), -1.0)
+
+    def _label_in_hindsight(self, cameras):
+        """From observations and actions alone, see hindsight()."""
+        self._label_nothing(cameras)
+        hand = self._observed(["ee_pos"]).numpy()
         close = (self.action[0, :, self.gripper] <= 0).numpy()
-        opening = self.opening.numpy()
-        mounts = [episodes[0].attrs.get(f"{camera}_mount") for camera in cameras]
+        mounts = [self.episodes[0].attrs.get(f"{camera}_mount") for camera in cameras]
         turn = np.zeros((len(hand), 3, 3))
         if "hand" in mounts:
-            turn = rotations(observed(["ee_quat"]).numpy())
-        goals, end = [], 0
-        for episode, T in zip(episodes, lengths):
-            at = slice(end, end + T)
-            end += T
+            turn = rotations(self._observed(["ee_quat"]).numpy())
+        last = 0
+        for episode, T in zip(self.episodes, self.lengths):
+            at = slice(last, last + T)
+            last += T
             complete = not episode.attrs.get("interrupted", False)
-            thing, place, put = hindsight(hand[at], opening[at], close[at], complete)
-            goals.append(np.concatenate([thing, place], 1))
+            found = hindsight(hand[at], self.opening[at].numpy(), close[at], complete)
+            thing, place, put = found
+            self.goal[0, at] = torch.from_numpy(np.concatenate([thing, place], 1))
             points = np.stack([thing, np.where(put, place, np.nan)], 1)
             for v, camera in enumerate(cameras):
                 if mounts[v]:
                     uv = project(points, episode.attrs, camera, hand[at], turn[at])
                     self.uv[0, at, :, v] = torch.from_numpy(uv)
-        self.goal = torch.from_numpy(np.concatenate(goals)).float()[None]
+
+    def _label_as_simulated(self, cameras):
+        """From grounding/, of the instruction that is carried out and of another."""
+        if "grounding" not in self.episodes[0]:
+            raise ValueError("it has no grounding/, which --labels simulator needs")
+        N, kind = len(self.state), torch.int64
+        relabel = self._read("grounding/relabel", kind, 0, len(self.requests) - 1)
+        self.request = torch.cat([self.request, relabel[None]])
+        action = self._read("grounding/relabel_action", torch.float32, -1, 1)
+        self.action = torch.cat([self.action, action[None]])
+        goals = self._observed(self.privileged), self._read("grounding/relabel_goal")
+        self.goal = torch.stack(goals)
+        count = self.episodes[0]["grounding/things_pos"].shape[1]
+        names = "things", "grounding/relabel_things"
+        things = torch.stack([self._read(name, kind, -1, count - 1) for name in names])
+        self.uv = torch.empty(2, N, 2, len(cameras), 2)
+        for v, camera in enumerate(cameras):
+            uv = self._read(f"grounding/{camera}_uv")  # (N, things, 2)
+            self.uv[..., v, :] = uv[torch.arange(N)[:, None], things]
+        self.uv[things < 0] = -1
 
     def batch(self, frames, wordings, side, settings, rng, augment):
         """The Batch of `frames` (B,) int64, of which the first ones are shown again with another
