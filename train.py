@@ -853,7 +853,7 @@ if config.model == "vla":
         model.goal_std.copy_(goal.std(0) + 1e-3)
     pictures = demos.images[demos.train[::97]].float()  # (n, V, H, W, 3)
     mean = pictures.mean((0, 2, 3), keepdim=True)  # (1, V, 1, 1, 3)
-    std = (pictures - mean).square().mean((0, 2, 3), keepdim=True).sqrt()
+    std = (pictures - mean).square().mean((0, 2, 3), keepdim=True).sqrt().clamp_min(1)
     model.vision.image_mean.copy_(mean[0].repeat(config.frames, 1, 1, 1))
     model.vision.image_std.copy_(std[0].repeat(config.frames, 1, 1, 1))
 side = model.vision.side if config.model == "vla" else 1
