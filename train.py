@@ -239,6 +239,7 @@ if dtype == "auto":
     dtype = "bfloat16" if units else "float32"
 autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")  # order of sums
+torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time and is no use
 # The momentum of a unit that died becomes denormal, on which Intel's cores take 100 times as long.
 torch.set_flush_denormal(True)
 
