@@ -685,35 +685,37 @@ def test_a_file_of_demonstrations_alone_trains_with_the_default_command(trained,
 
 
 def test_hindsight_finds_what_the_simulator_knows(trained, tmp_path):
-    """For each task, where thing and place are, in metres and in the front picture."""
+    """For each task, where thing and place are, in metres and in the pictures."""
     said = run_code(f"""
 import runpy, sys, h5py, numpy as np
 file = h5py.File({str(trained / 'demos.h5')!r})
 sys.argv = "train.py --data {trained}/demos.h5 --device cpu --steps 1 --eval_interval 0".split()
 demos = runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")["demos"]
-goal, seen, first = demos.goal[0].numpy(), demos.uv[0, :, 0, 0].numpy(), 0
+goal, told, first = demos.goal[0].numpy(), demos.uv[0].numpy(), 0
+def px(which, v, camera):
+    uv, seen = episode[f"grounding/{{camera}}_uv"][:, episode.attrs["things"][which]], told[at, which, v]
+    both = (uv[:, 0] >= 0) & (seen[:, 0] >= 0) & (episode.attrs["things"][which] >= 0)
+    return np.median(64 * np.abs(uv - seen)[both].max(1)) if both.any() else np.nan
 for i in range(24):
     episode = file[f"episode_{{i}}"]
     at = slice(first, first + len(episode["actions"]))
     first = at.stop
     where = episode["observations/object_pos"][:]
     miss = np.linalg.norm(goal[at, :3] - where, axis=1)
-    uv = episode["grounding/front_uv"][:, episode.attrs["things"][0]]
-    both = (uv[:, 0] >= 0) & (seen[at, 0] >= 0)
-    px = 64 * np.abs(uv - seen[at])[both].max(1)
     known = np.isfinite(goal[at]).mean(0)[[0, 3]]
     print("row", episode.attrs["task"], episode.attrs["success"], *known,
-          np.median(miss), np.median(px) if both.any() else np.nan)
+          np.median(miss), px(0, 0, "front"), px(1, 1, "wrist"))
 """, tmp_path)
     rows = [line.split()[1:] for line in said.splitlines() if line.startswith("row")]
     done = [(task, *map(float, numbers)) for task, success, *numbers in rows if success == "True"]
-    told = [(task, miss, px) for task, thing, place, miss, px in done if thing == place == 1]
+    told = [(task, *far) for task, thing, place, *far in done if thing == place == 1]
     assert {task for task, *_ in told} == set(TASKS)
     assert len(told) > 0.8 * len(done)             # some were done before they began
-    for task, miss, px in told:
+    for task, miss, thing, place in told:
         assert miss < (0.06 if task == "push" else 0.03), task
-        assert not px >= 6, task                   # nan: never seen
-    assert sum(px < 6 for *_, px in told) >= 5
+        assert not thing >= 6 and not place >= 6, task    # px, nan: never seen
+    assert sum(thing < 6 for *_, thing, place in told) >= 5
+    assert sum(place < 6 for *_, place in told) >= 2
     for task, success, thing, place, *_ in rows:
         assert success == "True" or float(place) == 0     # who knows where it would have gone
 

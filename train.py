@@ -181,7 +181,7 @@ RECIPES = dict(
     ),
 )
 BC = dict(state="full", cameras=(), chunk=1, optimizer="adamw")
-# Of --tasks all. With labels in hindsight it takes more than so many steps, see docs/RESULTS.md.
+# Of --tasks all. Labels in hindsight are not yet as good there, see docs/RESULTS.md.
 ALL = dict(steps=14_000, episodes=6000, randomize=1.0, labels="simulator")
 
 parser = argparse.ArgumentParser(
@@ -213,8 +213,8 @@ said = vars(parser.parse_args())
 out_dir, resume, overwrite = said.pop("out_dir"), said.pop("resume"), said.pop("overwrite")
 out_dir = resume or out_dir
 saved = load_file(out_dir / "resume.pt") if resume else {}
-chosen = RECIPES[said.get("recipe", "picovla")] | (BC if said.get("model") == "bc" else {})
-chosen |= ALL if said.get("tasks") == ("all",) else {}
+chosen = dict(ALL) if said.get("tasks") == ("all",) else {}
+chosen |= RECIPES[said.get("recipe", "picovla")] | (BC if said.get("model") == "bc" else {})
 chosen |= saved.get("settings", {}) | said  # explicit flags win
 with explained(f"{out_dir}/resume.pt was begun by another train.py"):
     settings = Settings(**chosen)
@@ -438,7 +438,8 @@ class Demonstrations:
             found = hindsight(hand[at], self.opening[at].numpy(), close[at], complete)
             thing, place, put = found
             self.goal[0, at] = torch.from_numpy(np.concatenate([thing, place], 1))
-            points = np.stack([thing, np.where(put, place, np.nan)], 1)
+            under = place - [0, 0, UNDER] if put else np.full_like(place, np.nan)
+            points = np.stack([thing, under], 1)
             for v, camera in enumerate(cameras):
                 if mounts[v]:
                     uv = project(points, episode.attrs, camera, hand[at], turn[at])
@@ -521,25 +522,27 @@ class Demonstrations:
 EMPTY, FULL = 0.15, 0.65
 SAME = 0.03  # m: what is let go and taken again as near as that is the same thing
 REACH = 0.03  # m from the hand to the middle of what it pushes
+PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where it came from
+UNDER = 0.04  # m from a hand that lets go down to the middle of what lies below the thing
 
 
 def hindsight(hand, opening, close, complete):
     """What an episode turned out to be about, by the robot's own numbers: where the thing was at each
     moment (T, 3) m, where it was to go (T, 3) m, and whether it was put there; nan: who knows.
 
-    | what the hand did                 | the thing                           | the place     |
-    | closed on something               | where it closes next, or the hand   | where it opened |
-    | ended shut, with nothing in it    | was pushed: see below               | where it ended  |
-    | neither, or it was interrupted    | nobody knows                        | nobody knows    |
+    | what the hand did                 | the thing                           | the place          |
+    | closed on something               | where it closes next, or the hand   | where it opened    |
+    | ended shut, with nothing in it    | was pushed: see below               | ahead of the thing |
+    | neither                           | nobody knows                        | nobody knows       |
+
+    Of an interrupted episode only the first row is known, and no place.
 
     hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted.
     """
     T = len(hand)
     thing, place = np.full((2, T, 3), np.nan)
     full = (EMPTY < opening) & (opening < FULL)
-    full &= np.append(
-        full[1:], full[-1]
-    )  # for two steps: fingers that close on nothing pass through
+    full &= np.append(full[1:], False)  # for two steps: closing on nothing passes through
     holding = np.zeros(T, bool)
     for t in range(T):
         still = t > 0 and holding[t - 1] and opening[t] > EMPTY
@@ -553,7 +556,7 @@ def hindsight(hand, opening, close, complete):
         if again is None:
             in_the_way = shut or not complete
         else:
-            in_the_way = np.linalg.norm(hand[again] - hand[first - 1]) > SAME
+            in_the_way = np.linalg.norm((hand[again] - hand[first - 1])[:2]) > SAME
         if in_the_way:
             holding[:first] = False
 
@@ -578,7 +581,7 @@ def hindsight(hand, opening, close, complete):
         ahead = hand + REACH * way
         touched = (np.arange(T) >= first) & ((ahead - middle) @ way > 0)
         thing[:] = np.where(touched[:, None], ahead, middle)
-        place[:] = hand[-1]
+        place = thing + PUSHED * way
     return thing, place, False
 
 
