@@ -41,14 +41,16 @@ from tqdm import tqdm
 from model import (
     DROPPED,
     POLICIES,
+    WORD,
     Config,
     add_flags,
     code_version,
     explain_errors,
     load_file,
     one_line,
+    setting,
+    tokenize,
 )
-from model import WORD, setting, tokenize
 
 explain_errors("train.py")
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
@@ -96,7 +98,8 @@ class Settings(Config):
     )
     relabel: float = setting(
         1.0,
-        "share of the batch shown again with another instruction and what the expert does then",
+        "with a simulator's labels: share of the batch shown again with another instruction and "
+        "what the expert does then",
         low=0,
         high=1,
         needs=("labels", ("simulator",)),
@@ -239,8 +242,8 @@ if dtype == "auto":
     dtype = "bfloat16" if units else "float32"
 autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")  # order of sums
-torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time and is no use
-# The momentum of a unit that died becomes denormal, on which Intel's cores take 100 times as long.
+torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
+# The momentum of a unit that died becomes denormal; Intel's cores take 100 times as long with it.
 torch.set_flush_denormal(True)
 
 
@@ -430,15 +433,13 @@ class Demonstrations:
         turn = np.zeros((len(hand), 3, 3))
         if "hand" in mounts:
             turn = rotations(self._observed(["ee_quat"]).numpy())
-        last = 0
-        for episode, T in zip(self.episodes, self.lengths):
-            at = slice(last, last + T)
-            last += T
+        for episode, end, T in zip(self.episodes, np.cumsum(self.lengths), self.lengths):
+            at = slice(end - T, end)
             complete = not episode.attrs.get("interrupted", False)
-            found = hindsight(hand[at], self.opening[at].numpy(), close[at], complete)
-            thing, place, put = found
+            thing, place, under = hindsight(
+                hand[at], self.opening[at].numpy(), close[at], complete
+            )
             self.goal[0, at] = torch.from_numpy(np.concatenate([thing, place], 1))
-            under = place - [0, 0, UNDER] if put else np.full_like(place, np.nan)
             points = np.stack([thing, under], 1)
             for v, camera in enumerate(cameras):
                 if mounts[v]:
@@ -521,68 +522,75 @@ class Demonstrations:
 # How far the gripper is open, as a share of its widest, with a thing in it: above EMPTY, below FULL.
 EMPTY, FULL = 0.15, 0.65
 SAME = 0.03  # m: what is let go and taken again as near as that is the same thing
+UNDER = 0.04  # m from a hand that lets go down to the middle of what lies below the thing
+LOW = 0.025  # m above its lowest: where the hand pushes
 REACH = 0.03  # m from the hand to the middle of what it pushes
 PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where it came from
-UNDER = 0.04  # m from a hand that lets go down to the middle of what lies below the thing
 
 
 def hindsight(hand, opening, close, complete):
-    """What an episode turned out to be about, by the robot's own numbers: where the thing was at each
-    moment (T, 3) m, where it was to go (T, 3) m, and whether it was put there; nan: who knows.
+    """What an episode turned out to be about, by the robot's own numbers, at each moment (T, 3) m, nan:
+    nobody knows. Where the thing was, where it was to go, and the middle of what it was put on.
 
-    | what the hand did                 | the thing                           | the place          |
-    | closed on something               | where it closes next, or the hand   | where it opened    |
-    | ended shut, with nothing in it    | was pushed: see below               | ahead of the thing |
-    | neither                           | nobody knows                        | nobody knows       |
+    | what the hand did              | the thing                         | the place          |
+    | closed on something            | where it closes next, or the hand | where it opened    |
+    | ended shut, with nothing in it | was pushed, see pushed()          | ahead of the thing |
+    | neither                        | nobody knows                      | nobody knows       |
 
     Of an interrupted episode only the first row is known, and no place.
 
     hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted.
     """
-    T = len(hand)
-    thing, place = np.full((2, T, 3), np.nan)
-    full = (EMPTY < opening) & (opening < FULL)
-    full &= np.append(full[1:], False)  # for two steps: closing on nothing passes through
-    holding = np.zeros(T, bool)
-    for t in range(T):
-        still = t > 0 and holding[t - 1] and opening[t] > EMPTY
-        holding[t] = close[t] and (full[t] or still)
-    shut = close[-1] and opening[-1] < EMPTY
-
-    # What is in the hand from the start may be what was asked for, or in the way.
-    if holding[0]:
-        first = T if holding.all() else holding.argmin()  # frame it is let go
-        again = first + holding[first:].argmax() if holding[first:].any() else None
-        if again is None:
-            in_the_way = shut or not complete
-        else:
-            in_the_way = np.linalg.norm((hand[again] - hand[first - 1])[:2]) > SAME
+    T, unknown = len(hand), np.full(hand.shape, np.nan)
+    if complete and close[-1] and opening[-1] < EMPTY:
+        thing, place = pushed(hand, opening)
+        return thing, place, unknown
+    held = holding(opening, close)
+    if held[0]:  # from the start: what was asked for, or in the way
+        end = T if held.all() else held.argmin()
+        later = end + np.flatnonzero(held[end:])
+        in_the_way = not complete
+        if len(later):  # is it the same thing?
+            in_the_way = np.linalg.norm((hand[later[0]] - hand[end - 1])[:2]) > SAME
         if in_the_way:
-            holding[:first] = False
+            held[:end] = False
+    if not held.any():
+        return unknown, unknown, unknown
+    moments = np.flatnonzero(held)
+    following = np.searchsorted(moments, np.arange(T)).clip(max=len(moments) - 1)
+    thing = hand[moments[following]]
+    if not complete:
+        return thing, unknown, unknown
+    place = np.tile(hand[moments[-1]], (T, 1))
+    return thing, place, unknown if held[-1] else place - [0, 0, UNDER]
 
-    if holding.any() and not (complete and shut):
-        last = T - 1 - holding[::-1].argmax()
-        at = hand[last]
-        for t in reversed(range(T)):
-            at = hand[t] if holding[t] else at
-            thing[t] = at
-        if complete:
-            place[:] = hand[last]
-        return thing, place, complete and last < T - 1
-    if complete and shut:
-        # It came down behind the thing and went on as far beyond where that was.
-        empty = opening < EMPTY
-        high = ~empty | (hand[:, 2] > hand[empty, 2].min() + 0.025)
-        high[-1] = False
-        first = 0 if not high.any() else T - high[::-1].argmax()
-        way = (hand[-1] - hand[first]) * [1, 1, 0]
-        way /= np.linalg.norm(way) + 1e-9
-        middle = (hand[first] + hand[-1]) / 2
-        ahead = hand + REACH * way
-        touched = (np.arange(T) >= first) & ((ahead - middle) @ way > 0)
-        thing[:] = np.where(touched[:, None], ahead, middle)
-        place = thing + PUSHED * way
-    return thing, place, False
+
+def holding(opening, close):
+    """Whether something is in the hand, (T,) bool. A hold begins with two half-open steps in a row, since
+    fingers that close on nothing pass through one, and lasts until they open or turn out to be empty.
+    """
+    half = (EMPTY < opening) & (opening < FULL)
+    half &= np.append(half[1:], False)
+    held = np.zeros(len(close), bool)
+    for t in range(len(close)):
+        still = t > 0 and held[t - 1] and opening[t] > EMPTY
+        held[t] = close[t] and (half[t] or still)
+    return held
+
+
+def pushed(hand, opening):
+    """Thing and place (T, 3) m of a push: the hand came down for good behind the thing, and went on as
+    far beyond where that was."""
+    empty = opening < EMPTY
+    low = empty & (hand[:, 2] <= hand[empty, 2].min() + LOW)
+    first = max(np.flatnonzero(~low[:-1]), default=-1) + 1
+    way = (hand[-1] - hand[first]) * [1, 1, 0]
+    way /= np.linalg.norm(way) + 1e-9
+    middle = (hand[first] + hand[-1]) / 2
+    ahead = hand + REACH * way
+    touched = (np.arange(len(hand)) >= first) & ((ahead - middle) @ way > 0)
+    thing = np.where(touched[:, None], ahead, middle)
+    return thing, thing + PUSHED * way
 
 
 def rotations(quat):
