@@ -878,6 +878,8 @@ def load_file(path):
     """The dict that save_file wrote. Untrusted files are never executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}") from None
     except Exception as error:  # whatever a damaged file may cause in torch
         kind = type(error).__name__  # its message may advise to trust the file
         raise ValueError(f"{path} is not a checkpoint of this model ({kind})") from error

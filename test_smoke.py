@@ -1043,6 +1043,7 @@ train.py --resume none --data demos.h5 => layers
 train.py --resume older --data demos.h5 => spread
 train.py --resume out --data demos.h5 --model bc => another configuration
 eval.py --ckpt missing.pt => missing.pt
+eval.py --ckpt gone.pt => there is no gone.pt
 eval.py --ckpt text => not a checkpoint
 eval.py --ckpt cut.pt => not a checkpoint
 eval.py --ckpt pickle.pt => not a checkpoint
