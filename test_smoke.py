@@ -4,6 +4,7 @@
     python -m pytest -q test_smoke.py -m slow                  # those that take minutes
 """
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -1154,6 +1155,14 @@ def test_bad_input_is_one_sentence(row, complaints):
     script = Path(command.split()[0]).name         # argparse may say its usage first
     sentence = rf"(usage: (.*\n)+)?{script}: .*{re.escape(words)}.*\n"
     assert code == 2 and re.fullmatch(sentence, said), said
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("metaworld")), reason="Meta-World is installed")
+@pytest.mark.parametrize("flags, words", [("record", "requirements-metaworld.txt"),
+                                          ("eval --tasks reach,dance", "'dance' is not mt10")])
+def test_metaworld_is_asked_for_in_one_sentence(flags, words, tmp_path):
+    said = run(f"examples/metaworld.py {flags}", tmp_path, status=2)
+    assert words in said and "Traceback" not in said and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------- the README's recipes
