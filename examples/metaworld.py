@@ -1,15 +1,16 @@
 """Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a trained policy to scores.
 
-    python examples/metaworld.py record --tasks mt10 --demos 50 --out data/mt10.h5
-    python train.py --data data/mt10.h5 --steps 4000 --out_dir out_mt10
-    python examples/metaworld.py eval --ckpt out_mt10/ckpt.pt --tasks mt10 --episodes 10
+    python examples/metaworld.py record --tasks mt10 --demos 20 --out data/mt10.h5
+    python train.py --data data/mt10.h5 --steps 1000 --out_dir out_mt10
+    python examples/metaworld.py eval --ckpt out_mt10/ckpt.pt --tasks mt10 --episodes 5
 
 Run it from the project's root, in a virtual environment of its own with what is in
 examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Rendering needs OpenGL;
 on Linux without a display EGL is used, or what MUJOCO_GL says.
 
 The protocol is LeRobot's (src/lerobot/envs/metaworld.py): camera corner2, moved and turned upside
-down, and the first four numbers of the observation; success at any of 500 steps counts. The second
+down, and the first four numbers of the observation, here of the fingertips and 0 when they are shut;
+success at any of 500 steps counts. If `record` is stopped, the same command carries on. The second
 camera, gripperPOV, is ours; train.py --cameras corner2 leaves it out.
 """
 
@@ -19,6 +20,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -127,7 +129,9 @@ class Scene:
         env.seeded_rand_vec, env._freeze_rand_vec, env._set_task_called = True, False, True
         env._partially_observable = False
         vars(env).pop("sawyer_observation_space", None)  # it was cached with the goal hidden
-        env.model.vis.quality.offsamples = 0  # ten times as fast, with the shadows off
+        env.model.vis.quality.offsamples = (
+            0  # no antialiasing and no shadows: OpenGL in software is slow
+        )
         env.model.camera("corner2").pos = CORNER2
         try:
             self.renderer = mujoco.Renderer(env.model, size, size)
@@ -181,7 +185,7 @@ class Scene:
 
 
 class Expert:
-    """The scripted policy of a task, with the calls of picoVLA's."""
+    """The scripted policy of a task, with the actions of picoVLA's: above 0 opens the gripper."""
 
     def __init__(self, scene, task):
         self.scene, self.policy = scene, EXPERTS[task + "-v3"]()
@@ -263,6 +267,8 @@ def score_task(task, args):
     torch.set_num_threads(1)
     policy = None if args.expert else Policy.load(args.ckpt)
     scene = Scene(task, policy.config.image_size if policy else 128)
+    # Between plans no picture is looked at, so none is drawn.
+    lazy = policy and policy.config.frames == 1 and not policy.config.ensemble
     said = TASKS[TASKS[task][5]] if args.swap else TASKS[task]
     sentence, done, film = said[4 if args.paraphrase else 2], [], []
     for seed in range(EVAL_SEED, EVAL_SEED + args.episodes):
@@ -272,7 +278,7 @@ def score_task(task, args):
             policy.reset()
         for _ in range(STEPS):
             if policy:
-                planned = policy.memory and policy.memory[0].chunks
+                planned = lazy and policy.memory and policy.memory[0].chunks
                 action = policy.predict(scene.observe(look=not planned), sentence)
             else:
                 action = expert.predict()
@@ -298,6 +304,8 @@ def save_gif(films, path):
 
 
 def score(args):
+    if args.gif and args.gif.suffix != ".gif":
+        raise ValueError(f"--gif {args.gif}: its name must end in .gif")
     groups, n, films = {group: [] for group in GROUPS}, args.episodes, []
     with pool_of(args) as pool:
         results = pool.map(score_task, args.tasks, [args] * len(args.tasks))
@@ -319,7 +327,10 @@ def score(args):
 
 # -------------------------------------------------------------------------------------- script
 def pool_of(args):
-    return ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"))
+    """Processes that Ctrl-C ends without a word."""
+    spawn = multiprocessing.get_context("spawn")
+    quiet = signal.SIGINT, signal.SIG_DFL
+    return ProcessPoolExecutor(args.workers, spawn, signal.signal, quiet)
 
 
 def task_names(text):
