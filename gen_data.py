@@ -2137,7 +2137,7 @@ PUSH = 0.03  # probability a step of a push: 3 to 7 steps, of 0.8
 SLIP = 0.004  # probability a step of the gripper doing the opposite, 3 steps
 MISTAKEN = 0.4  # share of episodes that begin where an expert that is wrong has led
 MISTAKE = 0.02  # m, standard deviation of where it takes each thing to be
-INTERRUPT = 0.6  # share of instructions followed by another, in mid-motion if not done by then
+INTERRUPT = 0.3  # share of instructions followed by another, in mid-motion if not done by then
 INSTRUCTIONS = 3  # at most, per scene
 
 
