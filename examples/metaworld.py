@@ -33,15 +33,21 @@ if INSTALLED and sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 import h5py
-import mujoco
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from model import Policy, explain_errors
+
+explain_errors("metaworld.py")
+try:
+    import mujoco
+except (ImportError, AttributeError) as error:
+    raise ValueError(f"MuJoCo finds no OpenGL to draw with: {error}") from None
+
 from eval import percent
 from gen_data import Disturbance, number, write_episode
-from model import Policy, explain_errors
 
 if INSTALLED:
     warnings.filterwarnings("ignore", module="metaworld")  # its experts ask for more than 1
@@ -112,6 +118,7 @@ GROUPS = ("easy", "medium", "hard", "very_hard")
 
 CAMERAS = ("corner2", "gripperPOV")
 CORNER2 = (0.75, 0.075, 0.7)  # m, where LeRobot puts it
+FILM = 192  # px, of --gif
 FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 STEPS = 500  # control steps, at most
@@ -123,22 +130,25 @@ class Scene:
     """One of Meta-World's tasks, with the observations that picoVLA knows."""
 
     def __init__(self, task, size):
+        self.size, self.renderers = size, {}
         self.env = env = ENVIRONMENTS[task + "-v3"]()
         # Scenes follow from a seed, and the expert may see the goal: Meta-World's own way to ask for
         # that, metaworld.MT1, makes fifty scenes first.
         env.seeded_rand_vec, env._freeze_rand_vec, env._set_task_called = True, False, True
         env._partially_observable = False
         vars(env).pop("sawyer_observation_space", None)  # it was cached with the goal hidden
-        env.model.vis.quality.offsamples = (
-            0  # no antialiasing and no shadows: OpenGL in software is slow
-        )
+        # No antialiasing and no shadows: OpenGL in software is slow.
+        env.model.vis.quality.offsamples = 0
         env.model.camera("corner2").pos = CORNER2
+
+    def renderer(self, size):
         try:
-            self.renderer = mujoco.Renderer(env.model, size, size)
+            renderer = mujoco.Renderer(self.env.model, size, size)
         except mujoco.FatalError as error:
             raise ValueError(f"MuJoCo finds no OpenGL to draw with: {error}") from None
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self.renderer.scene.flags[flag] = False
+            renderer.scene.flags[flag] = False
+        return renderer
 
     def reset(self, seed):
         self.env.seed(seed)
@@ -159,9 +169,12 @@ class Scene:
         )
         return felt | {f"{name}_image": self.picture(name) for name in CAMERAS if look}
 
-    def picture(self, camera):
-        self.renderer.update_scene(self.env.data, camera)
-        picture = self.renderer.render()
+    def picture(self, camera, size=None):
+        size = size or self.size
+        if size not in self.renderers:
+            self.renderers[size] = self.renderer(size)
+        self.renderers[size].update_scene(self.env.data, camera)
+        picture = self.renderers[size].render()
         return picture[::-1, ::-1].copy() if camera == "corner2" else picture
 
     def calibration(self):
@@ -259,6 +272,8 @@ def record(args):
     part.replace(args.out)
     shutil.rmtree(folder)
     print(f"{args.out}: {total} demonstrations, {args.out.stat().st_size / 1e6:.0f} MB")
+    if total < args.demos * len(args.tasks):
+        print("some experts failed too often to give as many as were asked for")
 
 
 # ------------------------------------------------------------------------------------- scoring
@@ -266,7 +281,7 @@ def score_task(task, args):
     """Plays `args.episodes` scenes of a task; returns how many succeeded, and pictures of the first."""
     torch.set_num_threads(1)
     policy = None if args.expert else Policy.load(args.ckpt)
-    scene = Scene(task, policy.config.image_size if policy else 128)
+    scene = Scene(task, policy.config.image_size if policy else FILM)
     # Between plans no picture is looked at, so none is drawn.
     lazy = policy and policy.config.frames == 1 and not policy.config.ensemble
     said = TASKS[TASKS[task][5]] if args.swap else TASKS[task]
@@ -283,7 +298,7 @@ def score_task(task, args):
             else:
                 action = expert.predict()
             if args.gif and seed == EVAL_SEED:
-                film.append(scene.picture("corner2"))
+                film.append(scene.picture("corner2", FILM))
             success = scene.step(action)
             if success:
                 break
@@ -381,5 +396,4 @@ def main():
 
 
 if __name__ == "__main__":
-    explain_errors("metaworld.py")
     main()
