@@ -44,7 +44,7 @@ explain_errors("metaworld.py")
 try:
     import mujoco
 except (ImportError, AttributeError) as error:
-    raise ValueError(f"MuJoCo finds no OpenGL to draw with: {error}") from None
+    raise ValueError(f"MuJoCo does not start, perhaps for lack of OpenGL: {error}") from None
 
 from eval import percent
 from gen_data import Disturbance, number, write_episode
@@ -141,7 +141,7 @@ class Scene:
         env.model.vis.quality.offsamples = 0
         env.model.camera("corner2").pos = CORNER2
 
-    def renderer(self, size):
+    def make_renderer(self, size):
         try:
             renderer = mujoco.Renderer(self.env.model, size, size)
         except mujoco.FatalError as error:
@@ -172,7 +172,7 @@ class Scene:
     def picture(self, camera, size=None):
         size = size or self.size
         if size not in self.renderers:
-            self.renderers[size] = self.renderer(size)
+            self.renderers[size] = self.make_renderer(size)
         self.renderers[size].update_scene(self.env.data, camera)
         picture = self.renderers[size].render()
         return picture[::-1, ::-1].copy() if camera == "corner2" else picture
