@@ -721,6 +721,38 @@ for i in range(24):
         assert success == "True" or float(place) == 0     # who knows where it would have gone
 
 
+def test_labels_of_hands_that_feel_nothing_and_of_pictures_that_move(tmp_path):
+    """An open hand was to go where it ended; one that shut at its lowest and rose took something thin.
+    Where a thing is seen moves with its picture."""
+    run_code(f"""
+import runpy, sys, h5py, numpy as np, torch
+from gen_data import write_episode
+height = np.r_[np.linspace(0.2, 0, 10), np.linspace(0, 0.1, 10)]
+hand, down = np.stack([np.linspace(0, 1, 20), 0 * height, height], 1), np.arange(20) < 10
+with h5py.File("robot.h5", "w") as file:
+    for i in range(40):
+        opened = down if i % 2 else down | True
+        write_episode(file, i, dict(instruction="go"), dict(
+            ee_pos=hand.astype("f"), gripper=opened[:, None].astype("f"),
+            front_image=np.zeros((20, 64, 64, 3), np.uint8),
+            actions=np.where(opened, 1, -1)[:, None].astype("f") * np.ones((1, 4), "f")))
+sys.argv = "train.py --data robot.h5 --device cpu --steps 1 --eval_interval 0".split()
+train = runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
+goal = train["demos"].goal[0].numpy()
+assert np.isnan(goal[:20, :3]).all() and np.allclose(goal[:20, 3:], hand[-1])
+assert np.allclose(goal[20:31, :3], hand[10]) and np.allclose(goal[20:40, 3:], hand[-1])
+images = torch.zeros(8, 4, 64, 64, 3, dtype=torch.uint8)       # two cameras, two frames
+images[:, ::2, 30, 20], images[:, 1::2, 2, 2] = 255, 255
+uv = torch.tensor([[20.5, 30.5], [2.5, 2.5]]).expand(8, 2, 2, 2) / 64
+moved, seen = train["shifted"](images, uv, torch.arange(8), 4)
+assert torch.equal(moved[:, :2], moved[:, 2:]) and not torch.equal(moved, images)
+for b in range(8):
+    x, y = (64 * seen[b, 0, 0]).int()
+    assert moved[b, 0].amax(2).nonzero().tolist() == [[y, x]]
+assert (seen[:, :, 1] == -1).any() and (seen[:, :, 1] > 0).any()
+""", tmp_path)
+
+
 @pytest.mark.parametrize("command, room", [
     ("gen_data.py --episodes 40 --workers 1 --out new.h5", 300_000), (TRAIN, 3_000_000)])
 def test_a_full_disk_is_one_sentence_and_spoils_nothing(command, room, place):

@@ -133,6 +133,13 @@ class Settings(Config):
         low=0,
         needs=("text", ("word",)),
     )
+    shift: int = setting(
+        0,
+        "px that pictures are moved by, at most: helps where demonstrations are few",
+        low=0,
+        high=64,
+        needs=("model", ("vla",)),
+    )
     # data and machine
     data: str = setting(
         "", "a file or 'shards/*.h5'; made if missing (default data/demos.h5, or data/TASKS.h5)"
@@ -496,10 +503,12 @@ class Demonstrations:
         weight = torch.ones_like(target)
         weight[..., self.gripper][release[:, None] & opens] = settings.release_weight
 
+        images = self.images[moments].flatten(1, 2)
         uv = self.uv[at]  # of thing and place in each picture (R, 2, V', 2)
+        if settings.shift and augment:
+            images, uv = shifted(images, uv, picture, settings.shift)
         first = torch.arange(uv.shape[2]) * side**2  # (V',) its first patch
         cell = (uv * side).long().clamp(0, side - 1)
-        images = self.images[moments].flatten(1, 2)
         if self.randomized and augment:
             images = other_light(images, self.randomized)
         tensors = dict(
@@ -523,6 +532,9 @@ class Demonstrations:
 EMPTY, FULL = 0.15, 0.65
 SAME = 0.03  # m: what is let go and taken again as near as that is the same thing
 UNDER = 0.04  # m from a hand that lets go down to the middle of what lies below the thing
+LIFTED = 0.03  # m that a hand rises at least with what it has taken
+SLACK = 0.01  # m that it sinks at most before
+CARRIED = 0.1  # m sideways, of a thing that was not just lifted
 LOW = 0.025  # m above its lowest: where the hand pushes
 REACH = 0.03  # m from the hand to the middle of what it pushes
 PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where it came from
@@ -530,22 +542,25 @@ PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where i
 
 def hindsight(hand, opening, close, complete):
     """What an episode turned out to be about, by the robot's own numbers, at each moment (T, 3) m, nan:
-    nobody knows. Where the thing was, where it was to go, and the middle of what it was put on.
+    nobody knows. Where the thing was, where it was to go, and what is to be seen there: the middle
+    of what it was put on, or the goal that it was carried to.
 
     | what the hand did              | the thing                         | the place          |
     | closed on something            | where it closes next, or the hand | where it opened    |
     | ended shut, with nothing in it | was pushed, see pushed()          | ahead of the thing |
-    | neither                        | nobody knows                      | nobody knows       |
+    | neither                        | nobody knows                      | where it ended     |
 
     Of an interrupted episode only the first row is known, and no place.
 
     hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted.
     """
     T, unknown = len(hand), np.full(hand.shape, np.nan)
-    if complete and close[-1] and opening[-1] < EMPTY:
-        thing, place = pushed(hand, opening)
-        return thing, place, unknown
     held = holding(opening, close)
+    if complete and close[-1] and opening[-1] < EMPTY:
+        held = holding_thin(hand, opening, close)
+        if not held.any():
+            thing, place = pushed(hand, opening)
+            return thing, place, unknown
     if held[0]:  # from the start: what was asked for, or in the way
         end = T if held.all() else held.argmin()
         later = end + np.flatnonzero(held[end:])
@@ -555,14 +570,19 @@ def hindsight(hand, opening, close, complete):
         if in_the_way:
             held[:end] = False
     if not held.any():
-        return unknown, unknown, unknown
+        end = np.tile(hand[-1], (T, 1)) if complete else unknown
+        return unknown, end, end
     moments = np.flatnonzero(held)
     following = np.searchsorted(moments, np.arange(T)).clip(max=len(moments) - 1)
     thing = hand[moments[following]]
     if not complete:
         return thing, unknown, unknown
     place = np.tile(hand[moments[-1]], (T, 1))
-    return thing, place, unknown if held[-1] else place - [0, 0, UNDER]
+    if not held[-1]:
+        return thing, place, place - [0, 0, UNDER]
+    taken = max(np.flatnonzero(~held), default=-1) + 1
+    carried = np.linalg.norm((hand[-1] - hand[taken])[:2]) > CARRIED
+    return thing, place, place if carried else unknown
 
 
 def holding(opening, close):
@@ -576,6 +596,16 @@ def holding(opening, close):
         still = t > 0 and held[t - 1] and opening[t] > EMPTY
         held[t] = close[t] and (half[t] or still)
     return held
+
+
+def holding_thin(hand, opening, close):
+    """The same of a thing too thin to be felt, in an episode that ends shut, (T,) bool: held open
+    before, the fingers shut where the hand was as low as it would be, and from there it rose.
+    """
+    shut = max(np.flatnonzero(opening >= EMPTY), default=-1) + 1
+    height = hand[shut:, 2] - hand[shut, 2]
+    lifted = height.min() > -SLACK and height.max() > LIFTED
+    return (np.arange(len(hand)) >= shut) & (lifted and not close[:shut].all())
 
 
 def pushed(hand, opening):
@@ -646,6 +676,21 @@ def other_light(images, amount):
     images = images.clone()
     images[::2] = (images[::2] * bright[::2] + noise).clamp(0, 255).to(torch.uint8)
     return images
+
+
+def shifted(images, uv, picture, most):
+    """Pictures (B, V, H, W, 3), each moved by up to `most` px, its edge repeated, and where things
+    are seen in them now, (R, 2, V', 2): random shifts, as in DrQ (arXiv:2004.13649)."""
+    B, V, H = images.shape[:3]
+    cameras = uv.shape[2]
+    move = torch.randint(-most, most + 1, (B, cameras, 2))  # x and y
+    source = (torch.arange(H) - move[..., None]).clamp(0, H - 1)  # (B, V', 2, H)
+    x, y = source.repeat(1, V // cameras, 1, 1).unbind(2)  # all frames of a camera alike
+    batch, view = torch.arange(B)[:, None, None, None], torch.arange(V)[:, None, None]
+    images = images[batch, view, y[..., None], x[:, :, None]]
+    now = uv + move[picture, None] / H
+    seen = (uv[..., :1] >= 0) & ((now >= 0) & (now < 1)).all(-1, keepdim=True)
+    return images, torch.where(seen, now, -1.0)
 
 
 class Wordings:

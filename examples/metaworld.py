@@ -1,17 +1,19 @@
-"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a trained policy to scores.
+r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a trained policy to scores.
 
-    python examples/metaworld.py record --tasks mt10 --demos 20 --out data/mt10.h5
-    python train.py --data data/mt10.h5 --steps 1000 --out_dir out_mt10
-    python examples/metaworld.py eval --ckpt out_mt10/ckpt.pt --tasks mt10 --episodes 5
+    python examples/metaworld.py record --tasks mt10 --demos 50 --out data/mt10.h5
+    python train.py --data data/mt10.h5 --out_dir out_mt10 --steps 4000 --batch_size 96 \
+        --keep_patches 80 --shift 6
+    python examples/metaworld.py eval --ckpt out_mt10/ckpt.pt --tasks mt10 --episodes 10
 
 Run it from the project's root, in a virtual environment of its own with what is in
 examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Rendering needs OpenGL;
 on Linux without a display EGL is used, or what MUJOCO_GL says.
 
 The protocol is LeRobot's (src/lerobot/envs/metaworld.py): camera corner2, moved and turned upside
-down, and the first four numbers of the observation, here of the fingertips and 0 when they are shut;
-success at any of 500 steps counts. If `record` is stopped, the same command carries on. The second
-camera, gripperPOV, is ours; train.py --cameras corner2 leaves it out.
+down, of which we draw the middle, where hands and things are; the first four numbers of the
+observation, here of the fingertips and 0 when they are shut; success at any of 500 steps counts. The
+second camera, gripperPOV, is ours; train.py --cameras corner2 leaves it out. If `record` is stopped,
+the same command carries on.
 """
 
 import argparse
@@ -118,12 +120,14 @@ GROUPS = ("easy", "medium", "hard", "very_hard")
 
 CAMERAS = ("corner2", "gripperPOV")
 CORNER2 = (0.75, 0.075, 0.7)  # m, where LeRobot puts it
+FOVY = 36.0  # degrees of its 60
 FILM = 192  # px, of --gif
 FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 STEPS = 500  # control steps, at most
+AFTER = 10  # more in a demonstration: what counts as success is up to 7 cm from the goal
 JOB = 10  # demonstrations in a file of an unfinished recording
-EVAL_SEED = 1_000_000  # demonstrations are of the seeds from 0
+REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
 
 
 class Scene:
@@ -140,6 +144,7 @@ class Scene:
         # No antialiasing and no shadows: OpenGL in software is slow.
         env.model.vis.quality.offsamples = 0
         env.model.camera("corner2").pos = CORNER2
+        env.model.camera("corner2").fovy = FOVY
 
     def make_renderer(self, size):
         try:
@@ -153,6 +158,7 @@ class Scene:
     def reset(self, seed):
         self.env.seed(seed)
         self.seen, _ = self.env.reset()
+        mujoco.mj_forward(self.env.model, self.env.data)  # else the goal is drawn where it was
 
     def step(self, action):
         """Action (4,) in [-1, 1], the last above 0 opens; returns whether the task is done."""
@@ -214,13 +220,14 @@ def demonstrate(scene, task, seed, noise):
     arrays of write_episode, or None if it failed."""
     disturbance = Disturbance(np.random.default_rng([seed, 1]), noise)
     scene.reset(seed)
-    expert, frames, done = Expert(scene, task), [], False
+    expert, frames, done, more = Expert(scene, task), [], False, AFTER
     attrs = dict(instruction=TASKS[task][2], task=task, scene_seed=seed, interrupted=False)
     attrs |= scene.calibration()
-    while not done and len(frames) < STEPS:
+    while more and len(frames) < STEPS:
         action = expert.predict()
         frames.append(scene.observe() | dict(actions=action))
-        done = scene.step(disturbance.disturb(action))
+        done |= scene.step(disturbance.disturb(action))
+        more -= done
     arrays = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
     return done and (attrs, arrays)
 
@@ -286,7 +293,7 @@ def score_task(task, args):
     lazy = policy and policy.config.frames == 1 and not policy.config.ensemble
     said = TASKS[TASKS[task][5]] if args.swap else TASKS[task]
     sentence, done, film = said[4 if args.paraphrase else 2], [], []
-    for seed in range(EVAL_SEED, EVAL_SEED + args.episodes):
+    for seed in range(args.seed, args.seed + args.episodes):
         scene.reset(seed)
         expert = Expert(scene, task)
         if policy:
@@ -297,7 +304,7 @@ def score_task(task, args):
                 action = policy.predict(scene.observe(look=not planned), sentence)
             else:
                 action = expert.predict()
-            if args.gif and seed == EVAL_SEED:
+            if args.gif and seed == args.seed:
                 film.append(scene.picture("corner2", FILM))
             success = scene.step(action)
             if success:
@@ -370,7 +377,7 @@ def main():
         if name == "record":
             add("--out", type=Path, default="data/mt10.h5")
             add("--demos", type=number(int, 1, 10_000), default=50, help="of each task")
-            add("--size", type=number(int, 16, 256), default=64, help="px of pictures")
+            add("--size", type=number(int, 16, 256), default=96, help="px of pictures")
             add("--noise", type=number(float, 0, 1), default=1.0, help="as in gen_data.py")
         else:
             add(
@@ -381,6 +388,7 @@ def main():
             )
             add("--expert", action="store_true", help="score the scripted experts instead")
             add("--episodes", type=number(int, 1, 1000), default=10, help="of each task")
+            add("--seed", type=number(int, 0, 2**31), default=REPORT, help="of the first scene")
             add("--paraphrase", action="store_true", help="say what was not trained on")
             add("--swap", action="store_true", help="say another task's sentence")
             add("--gif", type=Path, help="film of the first episodes")
