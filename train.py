@@ -135,7 +135,7 @@ class Settings(Config):
     )
     shift: int = setting(
         0,
-        "px that pictures are moved by, at most: helps where demonstrations are few",
+        "px that pictures are moved by at random, at most, in training",
         low=0,
         high=64,
         needs=("model", ("vla",)),
@@ -546,7 +546,8 @@ def hindsight(hand, opening, close, complete):
     of what it was put on, or the goal that it was carried to.
 
     | what the hand did              | the thing                         | the place          |
-    | closed on something            | where it closes next, or the hand | where it opened    |
+    | closed on something, see       | where it closes next, or the hand | where it opened,   |
+    | holding() and holding_thin()   |                                   | or ended           |
     | ended shut, with nothing in it | was pushed, see pushed()          | ahead of the thing |
     | neither                        | nobody knows                      | where it ended     |
 

@@ -10,7 +10,7 @@ examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Ren
 on Linux without a display EGL is used, or what MUJOCO_GL says.
 
 The protocol is LeRobot's (src/lerobot/envs/metaworld.py): camera corner2, moved and turned upside
-down, of which we draw the middle, where hands and things are; the first four numbers of the
+down, of which we draw the middle, where the hands stay; the first four numbers of the
 observation, here of the fingertips and 0 when they are shut; success at any of 500 steps counts. The
 second camera, gripperPOV, is ours; train.py --cameras corner2 leaves it out. If `record` is stopped,
 the same command carries on.
@@ -120,12 +120,12 @@ GROUPS = ("easy", "medium", "hard", "very_hard")
 
 CAMERAS = ("corner2", "gripperPOV")
 CORNER2 = (0.75, 0.075, 0.7)  # m, where LeRobot puts it
-FOVY = 36.0  # degrees of its 60
+FOVY = 36.0  # degrees, of corner2; its own 60 show much that no hand comes near
 FILM = 192  # px, of --gif
 FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 STEPS = 500  # control steps, at most
-AFTER = 10  # more in a demonstration: what counts as success is up to 7 cm from the goal
+AFTER = 10  # steps that a demonstration goes on: success may be 7 cm from the goal
 JOB = 10  # demonstrations in a file of an unfinished recording
 REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
 
