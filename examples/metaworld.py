@@ -33,6 +33,7 @@ sys.path[0] = str(ROOT)  # in place of this folder, where `metaworld` would be t
 INSTALLED = importlib.util.find_spec("metaworld")
 if INSTALLED and sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # of Mesa's drawing: every core has a process
 
 import h5py
 import numpy as np
@@ -121,6 +122,7 @@ GROUPS = ("easy", "medium", "hard", "very_hard")
 CAMERAS = ("corner2", "gripperPOV")
 CORNER2 = (0.75, 0.075, 0.7)  # m, where LeRobot puts it
 FOVY = 36.0  # degrees, of corner2; its own 60 show much that no hand comes near
+UNSEEN = "right_arm_base_link right_l0 right_l1 head".split()  # half of all that would be drawn
 FILM = 192  # px, of --gif
 FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
@@ -145,14 +147,16 @@ class Scene:
         env.model.vis.quality.offsamples = 0
         env.model.camera("corner2").pos = CORNER2
         env.model.camera("corner2").fovy = FOVY
+        for name in UNSEEN:
+            env.model.geom_rgba[env.model.geom_bodyid == env.model.body(name).id, 3] = 0
 
     def make_renderer(self, size):
         try:
             renderer = mujoco.Renderer(self.env.model, size, size)
         except mujoco.FatalError as error:
             raise ValueError(f"MuJoCo finds no OpenGL to draw with: {error}") from None
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            renderer.scene.flags[flag] = False
+        for flag in ("SHADOW", "REFLECTION"):
+            renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
         return renderer
 
     def reset(self, seed):
@@ -187,18 +191,16 @@ class Scene:
         """What gen_data.write_episode wants to know of the cameras."""
         data, attrs = self.env.data, {}
         hand = data.body("hand")
-        for name in CAMERAS:
-            camera = data.camera(name)
-            axes = camera.xmat.reshape(3, 3) * [1, -1, -1]  # x right, y down, z ahead
-            pose = np.eye(4)
-            if name == "corner2":
-                pose[:3, :3], pose[:3, 3] = axes * [-1, -1, 1], camera.xpos
+        turn = hand.xmat.reshape(3, 3).T
+        for name, mount in zip(CAMERAS, ("world", "hand")):
+            camera, pose = data.camera(name), np.eye(4)
+            axes, position = camera.xmat.reshape(3, 3) * [1, -1, -1], camera.xpos  # z ahead
+            if mount == "world":
+                axes *= [-1, -1, 1]  # upside down
             else:
-                turn = hand.xmat.reshape(3, 3).T
-                pose[:3, :3] = turn @ axes
-                pose[:3, 3] = turn @ (camera.xpos - hand.xpos - FINGERTIPS)
-            mount = "world" if name == "corner2" else "hand"
-            fovy = float(self.env.model.camera(name).fovy[0])
+                axes, position = turn @ axes, turn @ (position - hand.xpos - FINGERTIPS)
+            pose[:3, :3], pose[:3, 3] = axes, position
+            fovy = self.env.model.camera(name).fovy[0]
             attrs |= {f"{name}_mount": mount, f"{name}_pose": pose, f"{name}_fovy": fovy}
         return attrs
 
@@ -215,30 +217,34 @@ class Expert:
 
 
 # ----------------------------------------------------------------------------------- recording
-def demonstrate(scene, task, seed, noise):
+def demonstrate(scene, task, seed, look=True):
     """An episode of the expert, with noise on what is done and none on what is recorded: attrs and
-    arrays of write_episode, or None if it failed."""
-    disturbance = Disturbance(np.random.default_rng([seed, 1]), noise)
+    arrays of write_episode, without pictures unless it is to `look`, or False if it failed."""
+    disturbance = Disturbance(np.random.default_rng([seed, 1]), 1)
     scene.reset(seed)
     expert, frames, done, more = Expert(scene, task), [], False, AFTER
     attrs = dict(instruction=TASKS[task][2], task=task, scene_seed=seed, interrupted=False)
     attrs |= scene.calibration()
     while more and len(frames) < STEPS:
         action = expert.predict()
-        frames.append(scene.observe() | dict(actions=action))
+        frames.append(scene.observe(look) | dict(actions=action))
         done |= scene.step(disturbance.disturb(action))
         more -= done
     arrays = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
     return done and (attrs, arrays)
 
 
-def record_job(path, task, seeds, wanted, size, noise):
-    """Writes `wanted` demonstrations of a task to a file of their own, unless it is there."""
+def record_job(folder, task, first, args):
+    """Writes demonstrations of a task, from this one on, to a file of their own, unless it is there."""
+    path = folder / f"{task}_{first}_{args.size}.h5"
     if not path.exists():
-        scene, part = Scene(task, size), path.with_suffix(".tmp")
+        scene, part = Scene(task, args.size), path.with_suffix(".tmp")
         with h5py.File(part, "w") as file:
-            for seed in seeds:
-                if len(file) < wanted and (found := demonstrate(scene, task, seed, noise)):
+            for seed in range(2 * first, 2 * (first + JOB)):  # some experts fail now and then
+                it = scene, task, seed
+                wanted = len(file) < min(JOB, args.demos - first)
+                # Drawing takes most of the time, and failures are long: first without.
+                if wanted and demonstrate(*it, look=False) and (found := demonstrate(*it)):
                     write_episode(file, len(file), *found)
         part.replace(path)
     return path
@@ -249,13 +255,8 @@ def record(args):
         raise ValueError(f"{args.out} exists; delete it or choose another --out")
     folder = args.out.with_name(args.out.name + ".part")
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = []
-    for task in args.tasks:
-        for i in range(0, args.demos, JOB):
-            name = f"{task}_{i}_{args.size}_{args.noise}.h5"
-            wanted = min(JOB, args.demos - i)
-            seeds = range(2 * i, 2 * (i + JOB))  # some experts fail now and then
-            jobs.append((folder / name, task, seeds, wanted, args.size, args.noise))
+    firsts = range(0, args.demos, JOB)
+    jobs = [(folder, task, first, args) for task in args.tasks for first in firsts]
     requests = [dict(task=task, intent=task, slots={}) for task in args.tasks]
     part, total = args.out.with_suffix(".tmp"), 0
     with pool_of(args) as pool, h5py.File(part, "w") as file:
@@ -341,7 +342,7 @@ def score(args):
         if counts:
             print(f"{group:10} {len(counts):2} tasks: {percent(sum(counts), n * len(counts))}")
     every = sum(groups.values(), [])
-    means = [sum(counts) / len(counts) / n for counts in groups.values() if counts]
+    means = [np.mean(counts) / n for counts in groups.values() if counts]
     print(f"all: {percent(sum(every), n * len(every))}; macro {100 * np.mean(means):.1f}%")
     if args.gif:
         save_gif(films, args.gif)
@@ -378,14 +379,8 @@ def main():
             add("--out", type=Path, default="data/mt10.h5")
             add("--demos", type=number(int, 1, 10_000), default=50, help="of each task")
             add("--size", type=number(int, 16, 256), default=96, help="px of pictures")
-            add("--noise", type=number(float, 0, 1), default=1.0, help="as in gen_data.py")
         else:
-            add(
-                "--ckpt",
-                type=Path,
-                default="out/ckpt.pt",
-                help="checkpoint (default out/ckpt.pt)",
-            )
+            add("--ckpt", type=Path, default="out/ckpt.pt", help="default out/ckpt.pt")
             add("--expert", action="store_true", help="score the scripted experts instead")
             add("--episodes", type=number(int, 1, 1000), default=10, help="of each task")
             add("--seed", type=number(int, 0, 2**31), default=REPORT, help="of the first scene")
