@@ -138,6 +138,12 @@ class Config:
     pointers: int = setting(
         1, "1: two pointers from words to patches, for the thing and its place", (0, 1)
     )
+    goal_input: str = setting(
+        "fused",
+        "what the positions of thing and place are read off: all that is fused, or only where the "
+        "pointers look",
+        ("fused", "pointers"),
+    )
     # fusion
     fusion: str = setting(
         "attention",
@@ -186,6 +192,8 @@ class Config:
             raise ValueError(
                 f"--patch {self.patch} must be a multiple of 4 and divide {self.image_size} px"
             )
+        if self.goal_input == "pointers" and not self.pointers:
+            raise ValueError("--goal_input pointers needs --pointers 1")
         if self.execute > self.chunk:
             raise ValueError(f"--execute {self.execute} is more than the chunk of {self.chunk}")
 
@@ -336,8 +344,8 @@ EMBEDDINGS = dict(vit_stem=Stem, vit=Patches, cnn=CNN)
 
 
 class Vision(nn.Module):
-    """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C) and which of the P patches of all views
-    they are, (B, kept).
+    """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C), which of the P patches of all views they
+    are, (B, kept), and where their middles are, (B, kept, 2), y and x, 0..1.
 
     Bare table is most of every picture. Only the patches with the pixels farthest from the
     picture's median colour become tokens, which halves the work. A CNN gives one token for each
@@ -355,7 +363,9 @@ class Vision(nn.Module):
         self.view = nn.Parameter(torch.randn(V, C) * 0.02)
         self.blocks = encoder(config, config.layers if self.side > 1 else 0)
 
-    def forward(self, images):
+    def forward(self, images, moved=None):
+        """moved (B, V, 2), y and x: how far pictures were moved before, as a share of their size. Of
+        what is in them, the places without that count."""
         x = images.float()
         half = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))  # with less noise
         some = half[:, :, ::4, ::4].flatten(2, 3)  # a few pixels
@@ -363,23 +373,25 @@ class Vision(nn.Module):
         distance = (half - median).abs().amax(-1)  # (B, V, H / 2, W / 2)
         x = (x - self.image_mean) / self.image_std
         x = self.embed(x.flatten(0, 1)).flatten(2).mT  # (B V, side side, C)
-        if self.side > 1:
-            x = x + sincos_2d(self.side, x.shape[2], x.device)
         x = x.unflatten(0, images.shape[:2]) + self.view[:, None]  # (B, V, side side, C)
         score = F.max_pool2d(distance, half.shape[2] // self.side).flatten(1)  # (B, P)
         kept = score.topk(self.keep).indices.sort().values
         x = x.flatten(1, 2).take_along_dim(kept[..., None], 1)
-        return self.blocks(x), kept
+        view, patch = kept // self.side**2, kept % self.side**2
+        cell = torch.stack([patch // self.side, patch % self.side], 2)  # (B, kept, 2)
+        if moved is not None:
+            cell = cell - self.side * moved.take_along_dim(view[..., None], 1)
+        if self.side > 1:
+            x = x + sincos_2d(cell, x.shape[2])
+        return self.blocks(x), kept, (cell + 0.5) / self.side
 
 
-@cache
-def sincos_2d(side, width, device):
-    """Fixed 2-D sine-cosine positions (side side, width), half the channels for y, half for x (as
-    in MAE, arXiv:2111.06377)."""
-    freq = 1.0 / 100 ** (torch.arange(width // 4) / (width // 4))
-    place = torch.cartesian_prod(torch.arange(side), torch.arange(side))  # y and x
+def sincos_2d(place, width):
+    """2-D sine-cosine code (.., width) of places (.., 2), half the channels for y, half for x (as in
+    MAE, arXiv:2111.06377)."""
+    freq = 1.0 / 100 ** (torch.arange(width // 4, device=place.device) / (width // 4))
     angle = place[..., None] * freq
-    return torch.cat([angle.sin(), angle.cos()], 2).flatten(1).to(device)
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
 # ----------------------------------------------------------------------------------- language
@@ -455,6 +467,16 @@ class Pointers(nn.Module):
         keys = self.key(self.patch_norm(patches))[picture]
         logits = queries @ keys.mT * queries.shape[-1] ** -0.5
         return logits.softmax(-1) @ patches[picture], logits.log_softmax(-1)
+
+    def where(self, attention, view, place, picture):
+        """What they point at, (R, 2 * 3 V): of each pointer, in each view, the share of its attention
+        and the mean place of that, y and x about the middle, as in spatial softmax
+        (arXiv:1509.06113). view (B, kept, V) one-hot, place (B, kept, 2) 0..1, of the patches.
+        """
+        spots = view[..., None] * F.pad(place - 0.5, (1, 0), value=1.0)[:, :, None]
+        found = attention.exp()[..., None, None] * spots[picture][:, None]  # in fp32, unlike matmul
+        share, place = found.sum(2).split([1, 2], 3)  # (R, 2, V, 1 and 2)
+        return torch.cat([share, place / (share + 1e-3)], 3).flatten(1)
 
 
 # ------------------------------------------------------------------------------------- fusion
@@ -762,7 +784,11 @@ class VLA(Policy):
         if config.intents:
             self.intent = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, len(config.intents)))
         self.fusion = FUSIONS[config.fusion](config)
-        self.goal = nn.Linear(C, G)  # where thing and place are: an auxiliary answer
+        # where thing and place are: an auxiliary answer
+        self.goal = nn.Linear(C, G)
+        if config.goal_input == "pointers":
+            spots = len(POINTERS) * 3 * len(config.cameras) * config.frames
+            self.goal = mlp(spots + config.state_size, 2 * C, C, G)
         self.head = HEADS[config.head](config, C + G + config.state_size)
 
     def encode_text(self, text, names=None):
@@ -798,16 +824,17 @@ class VLA(Policy):
         names=None,
         target=None,
         valid=None,
+        moved=None,
     ):
         """images (B, V, H, W, 3) uint8, state (B, S), text (U, L, n) or what encode_text() makes of
         it: each picture and each sentence is encoded once. Row i pairs picture[i] with sentence[i];
-        by default picture i with sentence i.
+        by default picture i with sentence i. moved: see Vision.
 
         Returns actions (R, K, A), or with `target` (R, K, A) and `valid` (R, K) the head's error
         (R, K, A); goals (R, G) (metres, normalised); log-attention (R, M, P) on the patches of all
         views in turn: of the two pointers, if any, then of two CLS heads, if any; and what is Heard.
         """
-        patches, kept = self.vision(images)  # (B, kept, C), which patches they are
+        patches, kept, place = self.vision(images, moved)
         heard = text if isinstance(text, Heard) else self.encode_text(text, names)
         words, queries = heard.words[sentence], heard.queries[sentence]
         state = self.normalize(state)[picture]
@@ -819,7 +846,12 @@ class VLA(Policy):
             others = torch.cat([others, self.state(state)[:, None]], 1)
         x, attention = self.fusion(patches, words, others, picture)
         maps = torch.cat([*maps, attention], 1)  # (R, M, kept)
-        goal = self.goal(x)
+        seen = x
+        if self.config.goal_input == "pointers":
+            view = F.one_hot(kept // self.vision.side**2, images.shape[1])
+            seen = self.pointers.where(maps[:, : len(POINTERS)], view, place, picture)
+            seen = torch.cat([seen, state], 1)
+        goal = self.goal(seen)
         features = torch.cat([x, goal, state], 1)
         if target is None:
             answer = self.head(features)

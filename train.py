@@ -267,12 +267,14 @@ class Batch(NamedTuple):
     names: torch.Tensor  # (U, L, n) int64, as bare names
     target: torch.Tensor  # (R, K, A) the expert's actions
     valid: torch.Tensor  # (R, K) bool: whether they are known
+    moved: torch.Tensor  # (B, V, 2) how far pictures were moved, y and x, a share of their size
     # what else the losses need
     weight: torch.Tensor  # (R, K, A) how much the actions count
     goal: torch.Tensor  # (R, G) m, world frame: thing and place
     known: torch.Tensor  # (R, G) bool: whether that can be told
-    patch: torch.Tensor  # (R, 2, V') int64: where those two are seen,
-    visible: torch.Tensor  # (R, 2, V') in which of the newest pictures
+    # (R, 2, V', 4): patches around where those two are seen in the newest pictures, int64,
+    patch: torch.Tensor
+    portion: torch.Tensor  # and how much of the attention should be on each; 0: not seen
     intent: torch.Tensor  # (U,) int64: what each sentence asks for, index in config.intents
     place: torch.Tensor  # (U, 2) int64: the word that names thing and place, -1: none
 
@@ -505,10 +507,10 @@ class Demonstrations:
 
         images = self.images[moments].flatten(1, 2)
         uv = self.uv[at]  # of thing and place in each picture (R, 2, V', 2)
+        moved = torch.zeros(*images.shape[:2], 2)
         if settings.shift and augment:
-            images, uv = shifted(images, uv, picture, settings.shift)
-        first = torch.arange(uv.shape[2]) * side**2  # (V',) its first patch
-        cell = (uv * side).long().clamp(0, side - 1)
+            images, uv, moved = shifted(images, uv, picture, settings.shift)
+        patch, portion = neighbours(uv, side, settings.goal_input == "pointers")
         if self.randomized and augment:
             images = other_light(images, self.randomized)
         tensors = dict(
@@ -521,8 +523,9 @@ class Demonstrations:
             weight=weight,
             goal=goal.nan_to_num(),
             known=goal.isfinite(),
-            patch=first + cell[..., 1] * side + cell[..., 0],
-            visible=uv[..., 0] >= 0,
+            moved=moved,
+            patch=patch,
+            portion=portion,
             **heard,
         )
         return Batch(**{name: tensor.to(device) for name, tensor in tensors.items()})
@@ -680,8 +683,9 @@ def other_light(images, amount):
 
 
 def shifted(images, uv, picture, most):
-    """Pictures (B, V, H, W, 3), each moved by up to `most` px, its edge repeated, and where things
-    are seen in them now, (R, 2, V', 2): random shifts, as in DrQ (arXiv:2004.13649)."""
+    """Pictures (B, V, H, W, 3), each moved by up to `most` px, its edge repeated: random shifts, as in
+    DrQ (arXiv:2004.13649). Then where things are seen in them now, (R, 2, V', 2), and how far they
+    were moved, (B, V, 2), y and x, a share of their size."""
     B, V, H = images.shape[:3]
     cameras = uv.shape[2]
     move = torch.randint(-most, most + 1, (B, cameras, 2))  # x and y
@@ -691,7 +695,21 @@ def shifted(images, uv, picture, most):
     images = images[batch, view, y[..., None], x[:, :, None]]
     now = uv + move[picture, None] / H
     seen = (uv[..., :1] >= 0) & ((now >= 0) & (now < 1)).all(-1, keepdim=True)
-    return images, torch.where(seen, now, -1.0)
+    moved = move.flip(-1).repeat(1, V // cameras, 1) / H
+    return images, torch.where(seen, now, -1.0), moved
+
+
+def neighbours(uv, side, between):
+    """Places in pictures (R, 2, V', 2), see Demonstrations, to the patches around them (R, 2, V', 4)
+    and the portion of each, 0 where nothing is seen: all for the patch where it is, or, `between`
+    them, so that their mean place is that of the thing."""
+    first = torch.arange(uv.shape[2])[:, None] * side**2  # (V', 1) of each camera
+    place = uv * side - 0.5 if between else (uv * side).floor()
+    corner = torch.cartesian_prod(torch.arange(2), torch.arange(2))  # (4, 2)
+    cell = place.floor()[..., None, :] + corner  # (R, 2, V', 4, 2)
+    portion = (1 - (place[..., None, :] - cell).abs()).prod(-1)
+    x, y = cell.long().clamp(0, side - 1).unbind(-1)
+    return first + y * side + x, portion * (uv[..., :1] >= 0)
 
 
 class Wordings:
@@ -769,7 +787,7 @@ def compute_losses(net, batch, model):
         error = (net(batch.state) - batch.target).abs()
     else:
         with autocast:
-            error, goal, attention, heard = net(*batch[:8])
+            error, goal, attention, heard = net(*batch[:9])
     error = (error.float() * batch.weight).mean(-1) * batch.valid  # (R, K)
     B, R = len(batch.state), len(batch.target)
     action = error[:B].sum() / batch.valid[:B].sum() + error[B:].sum() / max(R - B, 1)
@@ -781,10 +799,10 @@ def compute_losses(net, batch, model):
     terms = dict(action=action, goal=goal)
     M = attention.shape[1]
     if M and model.config.vision != "cnn":  # maps of thing and place in turn
-        patch = batch.patch.repeat(1, M // 2, 1)  # (R, M, V')
+        patch = batch.patch.flatten(2).repeat(1, M // 2, 1)  # (R, M, 4 V')
         found = attention.float().gather(2, patch)
-        visible = batch.visible.repeat(1, M // 2, 1) & (found > DROPPED)
-        seen = (found * visible).sum(2) / visible.sum(2).clamp_min(1)
+        portion = batch.portion.flatten(2).repeat(1, M // 2, 1) * (found > DROPPED)
+        seen = (found * portion).sum(2) / portion.sum(2).clamp_min(1e-6)
         terms["attention"] = -seen.mean()
     if heard.intents is not None:
         terms["language"] = F.cross_entropy(heard.intents.float(), batch.intent)
