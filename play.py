@@ -4,29 +4,36 @@
         --seed 3 --out rollout.gif
     python play.py --seed 3,4,5,6 --out grid.gif           # each scene with its own sentence
     python play.py --seed 3 --attention --out sheet.png    # a contact sheet, with where it looks
-    python play.py                                         # type sentences
+    python play.py                                         # type sentences in a browser
     python play.py --seed 3 --pipeline --out pipeline.png  # one forward pass as a figure
     python play.py --attention --episodes 200              # does it look at what the words name?
     python play.py --data data/demos.h5 --episode 12 --out demo.gif      # a demonstration
-    python play.py --data data/demos.h5 --replay --episodes 50        # do its actions work again?
 
-Without --out sentences are typed: with a display beside MuJoCo's viewer, in real time (on macOS
-start it with mjpython); without one each sentence writes a GIF. A picture shows the room through
-the same ray caster that the policy sees with, and beside it the pictures that are all it sees.
+Without --out a page opens in the browser, where you type sentences and drag blocks while the robot
+moves. Over SSH forward its port, and open the address that is printed. A picture shows the room
+through the same ray caster that the policy sees with, and beside it all that the policy sees.
 """
 
 import argparse
+import base64
+import io
+import ipaddress
 import json
 import os
-import queue
+import re
 import sys
 import textwrap
 import threading
 import time
-from collections import defaultdict
+import webbrowser
+from collections import defaultdict, deque
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import h5py
+import mujoco
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -37,9 +44,11 @@ from gen_data import (
     ACTION_SCALE,
     CONTROL_HZ,
     TASKS,
+    WORKSPACE,
     Env,
     RayCamera,
     expert,
+    make_instruction,
     number,
     parse_instruction,
     task_list,
@@ -61,14 +70,19 @@ add = parser.add_argument
 either = parser.add_mutually_exclusive_group().add_argument
 either("--ckpt", help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
 either("--expert", action="store_true", help="play the scripted expert instead")
-either("--data", type=Path, help="show or replay demonstrations of this file instead")
+either("--data", type=Path, help="show a demonstration of this file instead")
 add("--instruction", help="what to do (default: the scene's own sentence)")
 add(
     "--tasks",
     help=f"what the scenes' own sentences ask for: all, or a comma list of {', '.join(TASKS)} "
     "(default: what the checkpoint was trained on)",
 )
-add("--seed", type=seed_list, default=[0], help="a scene, or a comma list of them (default 0)")
+add(
+    "--seed",
+    type=seed_list,
+    default=[0],
+    help="a scene, or with --out a comma list (default 0)",
+)
 add(
     "--randomize",
     type=number(float, 0, 1),
@@ -81,25 +95,26 @@ add(
     help="show where the policy looks; with --episodes: how often that is what is named",
 )
 add("--pipeline", action="store_true", help="draw the first forward pass in the scene")
-add(
-    "--episode",
-    type=number(int, 0, 10**9),
-    default=0,
-    help="which of --data, or the first of them (default 0)",
-)
-add("--replay", action="store_true", help="count how often recorded actions succeed again")
-add(
-    "--episodes",
-    type=number(int, 1, 10**6),
-    help="scenes for --attention, from --seed on, or demonstrations for --replay (default 1)",
-)
+add("--episode", type=number(int, 0, 10**9), default=0, help="which of --data (default 0)")
+add("--episodes", type=number(int, 1, 10**6), help="scenes for --attention, from --seed on")
 add("--out", type=Path, help="write a .gif, or a .png, which is a contact sheet")
 add(
     "--size",
     type=number(int, 128, 2048),
-    default=320,
-    help="px, edge of the room's picture (default 320)",
+    help="px, edge of the room's picture (default 320; 480 on the page)",
 )
+add(
+    "--port",
+    type=number(int, 0, 65535),
+    default=8000,
+    help="port of the page; 0 takes a free one (default 8000)",
+)
+add(
+    "--host",
+    default="127.0.0.1",
+    help="address the page is served on (default 127.0.0.1, this machine alone)",
+)
+add("--no_browser", action="store_true", help="only print the page's address")
 args = parser.parse_args()
 
 torch.set_num_threads(1)  # for one picture at a time, more only wait for each other
@@ -109,20 +124,18 @@ if args.pipeline and (len(args.seed) > 1 or suffix != ".png"):
     raise ValueError(
         "--pipeline draws one scene; give one --seed and an --out that ends in .png"
     )
-if args.replay and not args.data:
-    raise ValueError("--replay needs --data, the file to replay")
-if args.data and not args.replay and not args.out:
-    raise ValueError("--data needs --out, a picture of an episode, or --replay")
+if args.data and not args.out:
+    raise ValueError("--data needs --out, for a picture of an episode")
 if args.data and (args.attention or args.pipeline or args.instruction):
     raise ValueError("--data is a record; leave out --attention, --pipeline and --instruction")
-if args.out and (args.replay or args.episodes):
-    raise ValueError("--replay and --episodes only count; leave out --out")
+if args.out and args.episodes:
+    raise ValueError("--episodes only counts; leave out --out")
 if args.out and suffix not in (".gif", ".png"):
     raise ValueError(f"--out must end in .gif or .png, not {args.out}")
 
 if args.out:
     args.out.parent.mkdir(parents=True, exist_ok=True)
-size = args.size
+size = args.size or (320 if args.out else 480)
 font = ImageFont.load_default(size // 18)
 COLUMNS = 50  # of text of this size, under a picture
 ROWS = 4
@@ -173,6 +186,73 @@ def save(films, path):
 
 
 # ------------------------------------------------------------------------------------ playing
+class Room(RayCamera):
+    """A wide view of a scene, from anywhere around it, with shadows on the table."""
+
+    MIDDLE = np.array([0.36, 0, 0.2])  # m, what it looks at
+    DISTANCE = 1.5  # m
+    SUN = MIDDLE + 5 * RayCamera.LIGHT  # m, where shadows come from
+    SHADE = 0.65  # of the light that is left in them
+    COARSE = 2  # px, of a shadow's edge
+
+    def __init__(self, model, size):
+        super().__init__(model, "front", size)
+        self.shown = mujoco.MjData(model)
+        self.geom = np.full((size, size), -1)  # until there is a picture
+        self.turn(-0.6, 0.5)
+
+    def turn(self, azimuth, elevation):
+        """Where it looks from, rad."""
+        self.angles = azimuth, min(max(elevation, 0.1), 1.5)
+        up, level = np.sin(self.angles[1]), np.cos(self.angles[1])
+        back = np.array([level * np.cos(azimuth), level * np.sin(azimuth), up])
+        right = np.array([-np.sin(azimuth), np.cos(azimuth), 0])
+        self.axes = np.stack([right, np.cross(back, right), back], 1)
+
+    def show(self, data):
+        """Remembers where everything is, for picture()."""
+        mujoco.mj_copyData(self.shown, self.model, data)
+        self.shown.cam_xpos[self.id] = self.MIDDLE + self.DISTANCE * self.axes[:, 2]
+        self.shown.cam_xmat[self.id] = self.axes.ravel()
+
+    def picture(self):
+        """(size, size, 3) uint8"""
+        image = self.render(self.shown)
+        coarse = np.s_[:: self.COARSE, :: self.COARSE]
+        table = self.geom == self.TABLE
+        x, y = np.meshgrid(*[np.arange(0, self.size, self.COARSE)] * 2)
+        bare = table[coarse]
+        rays = self.on_plane(x[bare], y[bare], 0) - self.SUN
+        n = len(rays)
+        geom, distance = np.empty(n, np.int32), np.empty(n)
+        mujoco.mj_multiRay(
+            self.model,
+            self.shown,
+            self.SUN,
+            rays.ravel(),
+            None,
+            True,
+            -1,
+            geom,
+            distance,
+            None,
+            n,
+            1e9,
+        )
+        dark = np.zeros_like(bare)
+        dark[bare] = geom > self.TABLE
+        dark = dark.repeat(self.COARSE, 0).repeat(self.COARSE, 1)[: self.size, : self.size]
+        image[dark & table] = image[dark & table] * self.SHADE
+        return image
+
+    def on_plane(self, x, y, height):
+        """World points (..., 3) m, so high, that are seen at pixels x, y."""
+        rays = self.rays.reshape(self.size, self.size, 3)[y, x] @ self.axes.T
+        eye = self.shown.cam_xpos[self.id]
+        far = (height - eye[2]) / np.minimum(rays[..., 2:], -0.05)
+        return eye + far * rays
+
+
 class Scene:
     """One room, a policy or the expert in it, one sentence at a time."""
 
@@ -186,9 +266,9 @@ class Scene:
             )
         tasks = task_list(args.tasks) if args.tasks else config.tasks
         self.env = Env(tasks, config.cameras, randomize=args.randomize)
-        self.camera = RayCamera(self.env.model, "front", size)
+        self.camera = Room(self.env.model, size)
 
-    def reset(self, seed):
+    def reset(self, seed, sentence=None):
         self.obs, _ = self.env.reset(seed)
         like = self.env.cameras[min(self.env.cameras)]
         self.camera.light = like.light
@@ -198,8 +278,8 @@ class Scene:
         self.scored = True
         if self.policy:
             self.policy.reset()
-        if args.instruction is not None:
-            self.tell(args.instruction)
+        if sentence is not None:
+            self.tell(sentence)
 
     def tell(self, sentence):
         """A sentence to obey from now on. Raises ValueError if it asks for nothing that was taught, or
@@ -238,15 +318,21 @@ class Scene:
             end = "over" if self.done else "on its way"
         return f"{self.env.steps / CONTROL_HZ:.1f} s: {end}"
 
+    def views(self, attention):
+        """What the policy sees, (V, 64, 64, 3) uint8, and where its pointers look, if asked for."""
+        views = np.stack([self.obs[f"{name}_image"] for name in self.env.cameras])
+        if attention:
+            _, heat, _ = look_inside(self)
+            views = views // 3  # darker
+            views[..., :2] += (160 * heat).byte().permute(0, 2, 3, 1).numpy()
+        return views
+
     def picture(self):
-        views = [self.obs[f"{name}_image"] for name in self.env.cameras]
         lines = [self.env.instruction, self.outcome()]
         if inside:
-            _, heat, _ = look_inside(self)
-            views = np.stack(views) // 3  # darker
-            views[..., :2] += (160 * heat).byte().permute(0, 2, 3, 1).numpy()
             lines.append("red: pointer to the thing; green: to the place")
-        return draw(self.camera.render(self.env.data), views, lines)
+        self.camera.show(self.env.data)
+        return draw(self.camera.picture(), self.views(inside), lines)
 
     def film(self):
         """Plays to the end; returns the pictures."""
@@ -284,7 +370,7 @@ def draw_pipeline(scene, path):
     if config.text == "word":
         words = split(words)
     hand = scene.env.ee_pos + ACTION_SCALE * actions[:, :3].numpy().cumsum(0)  # (K, 3) m
-    route = scene.camera.project(scene.env.data, hand) * size  # (K, 2) px
+    route = scene.camera.project(scene.camera.shown, hand) * size  # (K, 2) px
     figure = Figure(figsize=(14, 7), layout="constrained")
     panels = figure.subplot_mosaic([["seen", "read"], ["seen", "done"]])
     seen, read, done = panels.values()
@@ -344,127 +430,252 @@ def demonstration(episode):
     return pictures
 
 
-def replay(file, first, episodes):
-    """Prints how many of the demonstrations that succeeded do so again, when their recorded actions
-    are fed to the simulator."""
-    last = min(first + episodes, file.attrs["total"]) - 1
-    first -= file[f"episode_{first}"].attrs["part"]  # to where its scene begins
-    env = Env(**json.loads(file.attrs["env_args"])["env_kwargs"] | dict(cameras=()))
-    again = []
-    for i in range(first, last + 1):
-        episode = file[f"episode_{i}"]
-        about = episode.attrs
-        if about["part"] == 0:
-            env.set_randomize(about["randomize"])
-            env.reset(about["scene_seed"])
-        env.set_request((about["task"], json.loads(about["slots"])), about["instruction"])
-        for action in episode["actions"]:
-            *_, info = env.step(action)
-        if about["success"]:
-            again.append(info["success"])
-    print(
-        f"{sum(again)} of the {len(again)} successful demonstrations among episodes {first} to "
-        f"{last} succeed again; those recorded with --noise 0 all should"
-    )
+# ------------------------------------------------------------------------------------ browser
+class Stage(Scene):
+    """A scene in real time, for pages in a browser. Whoever reads or changes it holds `lock`."""
 
+    STIFFNESS, DAMPING = 100, 20  # 1/s^2 and 1/s, of the spring between mouse and block
+    HOVER, LIFT = 0.01, 0.15  # m that a block is raised by: always, and with Shift
 
-# ------------------------------------------------------------------------------------- prompt
-HELP = (
-    "type a sentence, or: reset (the same scene again), seed N (another one), "
-    "randomize X (0 to 1: how odd its world is), help, quit"
-)
+    def __init__(self):
+        super().__init__()
+        self.learned = self.policy
+        self.history = deque(maxlen=30)  # [sentence, how it was understood, outcome]
+        self.moments = deque(
+            [time.perf_counter()], maxlen=2 * CONTROL_HZ
+        )  # s, of control steps
+        self.slower = 1
+        self.attention = args.attention
+        self.number, self.frame = 0, ""
+        self.lock, self.drawn = threading.Lock(), threading.Condition()
+        self.wanted = threading.Event()
 
+    # -- what a page asks for: do() with one of these names, and what they take
+    COMMANDS = "say", "scene", "expert", "slow", "look", "turn", "grab", "drag", "drop"
 
-def obey(scene, line):
-    """Carries out a line of the prompt; quit raises EOFError."""
-    try:
-        match line.split():
-            case [] | ["help"]:
-                print(HELP)
-            case ["quit"]:
-                raise EOFError
-            case ["reset"]:
-                wait(scene, scene.env.seed)
-            case ["seed", seed]:
-                wait(scene, int(seed))
-            case ["randomize", amount]:
-                scene.env.set_randomize(float(amount))
-                wait(scene, scene.env.seed)
-            case _:
-                scene.tell(line)
-    except ValueError as error:
-        print(error)
+    def do(self, command, *values):
+        if command not in self.COMMANDS:
+            raise ValueError(f"no command {command!r}")
+        with self.lock:
+            return getattr(self, command)(*values)
 
+    def say(self, sentence):
+        sentence = str(sentence)
+        try:
+            self.tell(sentence)
+        except ValueError as error:
+            self.history.append([sentence, str(error), ""])
+            return
+        task, slots = self.env.request
+        words = " ".join([task, *slots.values()])
+        self.entry = [sentence, words if self.scored else "in the policy's own way", ""]
+        self.history.append(self.entry)
 
-def wait(scene, seed):
-    """The scene `seed`, which waits for a sentence."""
-    scene.reset(seed)
-    scene.done = True
-    print(
-        f"scene {seed}: {', '.join(scene.env.block_colors)} blocks, "
-        f"{', '.join(scene.env.pad_colors)} pads; for example: {scene.env.instruction}"
-    )
+    def scene(self, seed, randomize):
+        """Another one, which waits for a sentence."""
+        seed = number(int, 0, 2**31)(seed)
+        self.env.set_randomize(randomize)
+        self.reset(seed)
+        self.done = True
+        self.held, self.height = None, 0
+        rng = np.random.default_rng(seed)
+        requests = [self.env.draw_request(rng, (task,)) for task in self.env.tasks]
+        self.examples = [make_instruction(request, rng) for request in requests if request]
 
+    def expert(self, chosen):
+        if chosen:
+            parse_instruction(
+                self.env.instruction
+            )  # ValueError if it cannot know what is meant
+        elif self.learned:
+            self.learned.understands(self.env.instruction)  # ValueError if it is too long
+            self.learned.reset()
+        self.policy = None if chosen else self.learned
 
-def prompt(scene):
-    """Each sentence typed writes a GIF."""
-    Path("out").mkdir(exist_ok=True)
-    paths = (Path(f"out/play_{n:03}.gif") for n in range(1000))
-    while True:
-        if not scene.done:
-            save([scene.film()], next(path for path in paths if not path.exists()))
-        obey(scene, input("> "))
+    def slow(self, times):
+        self.slower = number(float, 1, 10)(times)
 
+    def look(self, chosen):
+        self.attention = bool(chosen and getattr(self.learned, "pointers", None))
 
-def live(scene):
-    """MuJoCo's viewer in real time; sentences typed in the terminal are obeyed at once."""
-    import mujoco.viewer  # needs a window system
+    def turn(self, azimuth, elevation):
+        self.camera.turn(*[number(float, -1e3, 1e3)(angle) for angle in (azimuth, elevation)])
 
-    env = scene.env
-    env.model.vis.map.stiffness = 250  # 1/s^2; with 100, blocks hardly move
-    typed = queue.Queue()
+    def pixel(self, x, y):
+        return [int(np.clip(value, 0, 1) * (size - 1)) for value in (x, y)]
 
-    def listen():
-        for line in sys.stdin:
-            typed.put(line)
+    def grab(self, x, y):
+        """Takes the block at this place of the picture, 0..1; returns whether there is one."""
+        x, y = self.pixel(x, y)
+        geom = self.camera.geom[y, x]
+        if geom in self.env.block_geom:
+            self.held = self.env.model.geom_bodyid[geom]
+            self.goal = self.env.data.xpos[self.held] + [0, 0, self.HOVER]
+            self.height = self.goal[2]
+        return geom in self.env.block_geom
 
-    threading.Thread(target=listen, daemon=True).start()
-    print("a double-clicked block follows the mouse with Ctrl and the right button")
-    with mujoco.viewer.launch_passive(env.model, env.data) as window:
-        while window.is_running():
-            began = time.perf_counter()
-            with window.lock():
-                while not typed.empty():
-                    obey(scene, typed.get().strip())
+    def drag(self, x, y, lift):
+        point = self.camera.on_plane(*self.pixel(x, y), self.height)
+        self.goal = (point + [0, 0, self.LIFT * bool(lift)]).clip(*WORKSPACE)
+
+    def drop(self):
+        self.held = None
+
+    # -- what goes on by itself
+    def live(self):
+        """Moves the robot in real time, for ever."""
+        env, due = self.env, time.perf_counter()
+        while True:
+            with self.lock:
                 env.data.xfrc_applied[:] = 0
-                mujoco.mjv_applyPerturbForce(env.model, env.data, window.perturb)
-                if scene.done:
-                    env.step([0, 0, 0, env.data.ctrl[env.grip]])  # holds still
+                if self.held is not None:
+                    pull = self.STIFFNESS * (self.goal - env.data.xpos[self.held])
+                    pull -= self.DAMPING * env.data.cvel[self.held, 3:] + env.model.opt.gravity
+                    mass = env.model.body_mass[self.held]
+                    env.data.xfrc_applied[self.held, :3] = mass * pull
+                if self.done:
+                    self.obs, *_ = env.step([0, 0, 0, env.data.ctrl[env.grip]])  # holds still
                 else:
-                    scene.step()
-                    if scene.done:
-                        print(scene.outcome())
-            window.sync()
-            passed = time.perf_counter() - began
-            time.sleep(max(0, 1 / CONTROL_HZ - passed))
+                    self.step()
+                    self.entry[2] = self.outcome()
+            now = time.perf_counter()
+            self.moments.append(now)
+            due = max(due + self.slower / CONTROL_HZ, now)
+            time.sleep(max(due - now, 0.001))  # s; others want the lock, too
+
+    def draw(self):
+        """Makes a frame whenever one is wanted, for ever: drawing takes longer than a control step."""
+        while True:
+            self.wanted.wait()
+            self.wanted.clear()
+            with self.lock:
+                self.camera.show(self.env.data)
+                views = self.views(self.attention and self.policy)
+                frame = dict(
+                    number=self.number + 1,
+                    seed=self.env.seed,
+                    rate=(len(self.moments) - 1) / (self.moments[-1] - self.moments[0] + 1e-9),
+                    history=list(self.history),
+                    examples=self.examples,
+                    angles=self.camera.angles,
+                    expert=self.policy is None,
+                    slow=self.slower > 1,
+                    look=self.attention,
+                    randomize=self.env.randomize,
+                )
+            frame["pictures"] = [encode(view) for view in (self.camera.picture(), *views)]
+            with self.drawn:
+                self.number, self.frame = frame["number"], json.dumps(frame)
+                self.drawn.notify_all()
+
+    def next_frame(self, number):
+        """The first one after this, as JSON."""
+        self.wanted.set()
+        with self.drawn:
+            self.drawn.wait_for(lambda: self.number > number, 5)
+            return self.frame
+
+
+def encode(picture):
+    """A picture as an address that holds it all."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=90, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+class Page(BaseHTTPRequestHandler):
+    """One connection of a browser."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # small answers are not to wait
+    timeout = 60  # s
+    REFUSED = ValueError, TypeError, ArithmeticError, RecursionError, argparse.ArgumentTypeError
+
+    def answer(self, content, kind="application/json", status=200):
+        body = content.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", len(body))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def handle(self):
+        with suppress(ConnectionError):  # the page was closed
+            super().handle()
+
+    def parse_request(self):
+        """Refuses what another site makes a browser send: a name that leads here by DNS rebinding, or
+        a foreign Origin."""
+        if not super().parse_request():
+            return False
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            own = name in ("localhost", args.host.lower()) or ipaddress.ip_address(name)
+        except ValueError:
+            own = False
+        if not own or origin not in (None, f"http://{host}"):
+            self.send_error(403)
+            return False
+        return True
+
+    def do_GET(self):
+        address = urlsplit(self.path)
+        if address.path == "/":
+            page = Path(__file__).parent / "assets/play.html"
+            self.answer(page.read_text("utf-8"), "text/html")
+        elif address.path == "/frame" and re.fullmatch("[0-9]{1,15}", address.query):
+            self.answer(self.server.stage.next_frame(int(address.query)))
+        else:
+            self.send_error(404)
+
+    def do_POST(self):
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,4}", length):
+            return self.send_error(413)
+        try:
+            result = self.server.stage.do(*json.loads(self.rfile.read(int(length))))
+        except self.REFUSED as error:
+            return self.answer(str(error), "text/plain", 400)
+        self.answer(json.dumps(result))
+
+    def log_message(self, *_):
+        """Nothing is printed of each request."""
+
+
+def serve(seed):
+    """A page in the browser, until Ctrl-C."""
+    stage = Stage()
+    stage.scene(seed, args.randomize)
+    if args.instruction:
+        stage.say(args.instruction)
+    try:
+        server = ThreadingHTTPServer((args.host, args.port), Page)
+    except OSError as error:
+        raise ValueError(
+            f"no page at {args.host}:{args.port} ({error}); try --port 0"
+        ) from None
+    server.stage = stage
+    for work in (server.serve_forever, stage.draw):
+        threading.Thread(target=work, daemon=True).start()
+    address = f"http://{args.host}:{server.server_port}"
+    print(f"{address} (Ctrl-C ends)", flush=True)
+    if not args.no_browser and "SSH_CONNECTION" not in os.environ:
+        threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
+    stage.live()
 
 
 # ------------------------------------------------------------------------------------- script
 if args.data:
-    films = []
     try:
         with h5py.File(args.data) as file:
-            if args.replay:
-                replay(file, args.episode, args.episodes or 1)
-            else:
-                films.append(demonstration(file[f"episode_{args.episode}"]))
+            save([demonstration(file[f"episode_{args.episode}"])], args.out)
     except (KeyError, TypeError, OSError) as error:
         raise ValueError(
             f"{args.data} is not a data file of gen_data.py, or has no "
             f"--episode {args.episode} ({error})"
         ) from None
-    if films:
-        save(films, args.out)
     sys.exit()
 
 scene = Scene()
@@ -472,23 +683,13 @@ first = args.seed[0]
 if args.episodes:
     count_attention(scene, range(first, first + args.episodes))
 elif args.pipeline:
-    scene.reset(first)
+    scene.reset(first, args.instruction)
     draw_pipeline(scene, args.out)
 elif args.out:
     films = []
     for seed in args.seed:
-        scene.reset(seed)
+        scene.reset(seed, args.instruction)
         films.append(scene.film())
     save(films, args.out)
 else:
-    print(HELP)
-    wait(scene, first)
-    scene.done = not args.instruction
-    no_display = {"DISPLAY", "WAYLAND_DISPLAY"}.isdisjoint(os.environ)
-    try:
-        (prompt if sys.platform == "linux" and no_display else live)(scene)
-    except (EOFError, KeyboardInterrupt):
-        print()
-    sys.stdout.flush()
-    time.sleep(0.5)  # the viewer's thread crashes if the program ends before it
-    os._exit(0)  # the thread that waits for a line cannot be ended in order
+    serve(first)

@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).resolve().parent
 for name in ("DISPLAY", "WAYLAND_DISPLAY"):
@@ -896,15 +897,28 @@ def test_play_counts_where_it_looks(trained, tmp_path):
     assert all(int(k) <= int(n) <= 200 for _, k, n in counts)
 
 
+def replay(path):
+    """Whether each of the demonstrations that succeeded does so again, by its recorded actions."""
+    again = []
+    with h5py.File(path) as file:
+        env = Env(**json.loads(file.attrs["env_args"])["env_kwargs"] | dict(cameras=()))
+        for i in range(file.attrs["total"]):
+            about = file[f"episode_{i}"].attrs
+            if about["part"] == 0:
+                env.set_randomize(about["randomize"])
+                env.reset(about["scene_seed"])
+            env.set_request((about["task"], json.loads(about["slots"])), about["instruction"])
+            for action in file[f"episode_{i}/actions"]:
+                *_, info = env.step(action)
+            if about["success"]:
+                again.append(info["success"])
+    return again
+
+
 def test_demonstrations_without_noise_replay_exactly(trained, tmp_path):
     """Instruction after instruction; what noise had a hand in mostly does not."""
     run("gen_data.py --tasks all --episodes 12 --noise 0 --workers 1 --out clean.h5", tmp_path)
-    shares = []
-    for path in ("clean.h5", trained / "demos.h5"):
-        said = run(f"play.py --data {path} --replay --episodes 12", tmp_path)
-        again, of = re.search(r"(\d+) of the (\d+) ", said).groups()
-        shares.append(int(again) / int(of))
-    assert shares[0] == 1 > shares[1]
+    assert all(replay(tmp_path / "clean.h5")) and not all(replay(trained / "demos.h5"))
     said = run("play.py --data clean.h5 --episode 2 --size 128 --out a.png", tmp_path)
     about = run("gen_data.py --info clean.h5", tmp_path)
     with h5py.File(tmp_path / "clean.h5") as file:
@@ -938,12 +952,61 @@ env.reset(0)
 ABSENT = min(set(COLORS) - set(env.block_colors))              # of no block in scene 0
 
 
-def test_play_asks_for_sentences_without_a_display(trained, tmp_path):
-    """Too many words, a block that is not there, other scenes; end of input ends it."""
-    typed = f"{'so ' * 50}\nlift the {ABSENT} block\nseed 7\nhelp\nrandomize 3\nreset"
-    said = run(f"play.py --ckpt {trained}/out/ckpt.pt --size 128", tmp_path, typed=typed)
-    for words in ("longer than 40", f"no {ABSENT} block", "scene 7", "from 0 to 1"):
-        assert words in said
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A function that asks the page of play.py for something; returns status and answer."""
+    folder = tmp_path_factory.mktemp("page")
+    process = start("play.py --expert --seed 3 --size 128 --port 0 --no_browser", folder)
+    address = process.stdout.readline().split()[0]
+
+    def ask(path, command=None, **headers):
+        body = command if command is None else json.dumps(command).encode()
+        try:
+            with urlopen(Request(address + path, body, headers), timeout=20) as answer:
+                return answer.status, answer.read().decode()
+        except OSError as error:
+            return getattr(error, "code", 413), ""  # it may stop listening to what is too long
+
+    yield ask
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=5) == ("", None) and process.returncode == 130
+
+
+def test_a_page_shows_a_sentence_being_obeyed(page):
+    assert "<script>" in page("/")[1]
+    first = frame = json.loads(page("/frame?0")[1])
+    assert frame["seed"] == 3 and not frame["history"]
+    sentence = frame["examples"][0]
+    assert page("/", ["say", sentence])[0] == 200
+    while not frame["history"] or ": done" not in frame["history"][0][2]:
+        frame = json.loads(page(f"/frame?{frame['number']}")[1])
+        assert frame["number"] < 1000
+    assert frame["history"][0][0] == sentence and frame["pictures"][0] != first["pictures"][0]
+    page("/", ["say", "make me a coffee " * 100])
+    page("/", ["scene", 4, 0.5])
+    frame = json.loads(page(f"/frame?{frame['number']}")[1])
+    assert frame["seed"] == 4 and "coffee" in frame["history"][1][0]
+
+
+def test_a_page_moves_blocks_with_the_mouse(page):
+    number = json.loads(page("/frame?0")[1])["number"]
+    grid = np.linspace(0, 1, 60)
+    at = next((x, y) for x in grid for y in grid if page("/", ["grab", x, y])[1] == "true")
+    page("/", ["drag", at[0] + 0.1, at[1], False])
+    first = number
+    while page("/", ["grab", at[0] + 0.1, at[1]])[1] == "false":
+        number = json.loads(page(f"/frame?{number}")[1])["number"]
+        assert number < first + 200
+
+
+@pytest.mark.parametrize("status, path, command, headers", [
+    (413, "/", "x" * 1_000_000, {}), (400, "/", 5, {}), (400, "/", ["frame"], {}),
+    (400, "/", ["slow", "x"], {}), (400, "/", ["say"], {}), (400, "/", ["grab", 1, None], {}),
+    (403, "/", ["drop"], dict(Origin="http://example.com")), (200, "/", ["drop"], {}),
+    (403, "/", None, dict(Host="example.com")), (404, "/model.py", None, {})])
+def test_a_page_refuses(status, path, command, headers, page):
+    assert page(path, command, **headers)[0] == status
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -1124,13 +1187,11 @@ play.py CKPT --pipeline --out a.gif => .png
 play.py CKPT --pipeline --seed 1,2 --out a.png => one --seed
 play.py CKPT --episodes 3 --out a.gif => --episodes
 play.py --expert CKPT --out a.gif => --ckpt
-play.py --replay => --data
 play.py --data demos.h5 => --out
 play.py --data demos.h5 --episode 99 --out a.gif => --episode 99
-play.py --data demos.h5 --replay --out a.gif => --out
 play.py --data demos.h5 --attention --out a.gif => --attention
 play.py --data cut.h5 --out a.gif => cut.h5
-play.py --data text --replay => text
+play.py --data text --out a.gif => text
 examples/ablations.py missing.txt => missing.txt
 examples/ablations.py empty.txt => empty.txt
 examples/ablations.py task.txt => task.txt
