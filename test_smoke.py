@@ -745,12 +745,19 @@ assert np.allclose(goal[20:31, :3], hand[10]) and np.allclose(goal[20:40, 3:], h
 images = torch.zeros(8, 4, 64, 64, 3, dtype=torch.uint8)       # two cameras, two frames
 images[:, ::2, 30, 20], images[:, 1::2, 2, 2] = 255, 255
 uv = torch.tensor([[20.5, 30.5], [2.5, 2.5]]).expand(8, 2, 2, 2) / 64
-moved, seen = train["shifted"](images, uv, torch.arange(8), 4)
+moved, seen, by = train["shifted"](images, uv, torch.arange(8), 4)
 assert torch.equal(moved[:, :2], moved[:, 2:]) and not torch.equal(moved, images)
 for b in range(8):
     x, y = (64 * seen[b, 0, 0]).int()
     assert moved[b, 0].amax(2).nonzero().tolist() == [[y, x]]
+    assert torch.allclose(by[b, 0] * 64, torch.tensor([y - 30., x - 20.]))
 assert (seen[:, :, 1] == -1).any() and (seen[:, :, 1] > 0).any()
+patch, portion = train["neighbours"](seen, 8, False)
+assert (patch[portion == 1] % 64)[0] == (seen[0, 0, 0] * 8).long() @ torch.tensor([1, 8])
+patch, portion = train["neighbours"](seen, 8, True)
+x, y = patch[:, 0, 0] % 8 + 0.5, patch[:, 0, 0] % 64 // 8 + 0.5
+mean = torch.stack([(x * portion[:, 0, 0]).sum(1), (y * portion[:, 0, 0]).sum(1)], 1) / 8
+assert torch.allclose(mean, seen[:, 0, 0]) and not portion[:, :, 1][seen[:, :, 1, 0] < 0].any()
 """, tmp_path)
 
 
@@ -814,7 +821,7 @@ def test_bc_trains_on_data_that_it_makes(tmp_path):
 
 # --------------------------------------------------------------------- evaluating and playing
 def test_eval(trained, tmp_path):
-    command = f"eval.py --ckpt {trained}/out/ckpt.pt --episodes 3 --out"
+    command = f"eval.py --ckpt {trained}/out/ckpt.pt --episodes 2 --out"
     run(f"{command} all.json --policies expert,random,policy --controls", tmp_path)
     run(f"{command} again.json", tmp_path)
     rows, again = [json.loads((tmp_path / name).read_text())["rows"]
@@ -829,15 +836,15 @@ def test_eval(trained, tmp_path):
         assert (row["k"], row["n"]) == (sum(line["success"] for line in mine), len(mine))
         if task == "all":
             whole[label] = row
-            assert [line["seed"] - TEST_SEED for line in mine] == [0, 1, 2]
+            assert [line["seed"] - TEST_SEED for line in mine] == [0, 1]
             changed = label in ("deaf", "deaf_shuffled", "swap", "retarget")
             assert all((line["told"] != line["original"]) == changed for line in mine)
     assert list(whole) == ["expert", "random", "vla", "blind", "blind_shuffled", "deaf",
                            "deaf_shuffled", "swap", "retarget"]
     ceiling, floor = whole["expert"], whole["random"]
-    assert ceiling["k"] == 3 and floor["k"] == 0
+    assert ceiling["k"] == 2 and floor["k"] == 0
     assert ceiling["violations"] == 0 < floor["violations"]
-    wilson = pytest.approx([0.4385, 1, 0, 0.5615], abs=1e-3)   # 0.4385 = n / (n + 1.96^2)
+    wilson = pytest.approx([0.3424, 1, 0, 0.6576], abs=1e-3)   # 0.3424 = n / (n + 1.96^2)
     assert [ceiling["low"], ceiling["high"], floor["low"], floor["high"]] == wilson
     assert 0.01 < ceiling["chance"] < 0.5
     # the same scenes again: the same to the last bit
@@ -861,16 +868,20 @@ def test_eval_in_other_words(trained, tmp_path):
 
 
 def test_ablations_train_and_score_each_line_once(place):
-    (place / "a.txt").write_text("""
+    command, runs = "examples/ablations.py a.txt --episodes 1", place / "out/ablations"
+    lines = """
 all: --data demos.h5 --steps 2 --batch_size 8  # short
 classic: --recipe classic --steps 3
+"""
+    (place / "a.txt").write_text(lines)
+    run(command, place)
+    before = written(runs / "classic", "*.pt")
+    (runs / "flow").mkdir()                        # as if that one had been stopped
+    shutil.copy(runs / "classic/ckpt.pt", runs / "flow")
+    (place / "a.txt").write_text(lines + """
 flow: --head flow --chunk 4 --max_episodes 18
 again: --recipe classic --steps 3
 """)
-    command, runs = "examples/ablations.py a.txt --episodes 1", place / "out/ablations"
-    run(command, place)
-    (runs / "flow/curve.png").unlink()             # as if that one had been stopped
-    before = written(runs / "classic", "*.pt")
     table = run(command, place)
     assert before and written(runs / "classic", "*.pt") == before
     assert (runs / "flow/curve.png").exists() and not (runs / "again").exists()
@@ -880,7 +891,7 @@ again: --recipe classic --steps 3
 
 
 @pytest.mark.parametrize("flags, width", [
-    ("--seed 3 --size 256 --out a.gif", 256), ("--seed 3 --pipeline --out a.png", 1000),
+    ("--seed 3 --size 128 --out a.gif", 128), ("--seed 3 --pipeline --out a.png", 1000),
     ("--seed 0,1 --size 128 --attention --out a.png", 4 * 2 * 128)])
 def test_play_draws(flags, width, trained, tmp_path):
     run(f"play.py --ckpt {trained}/out/ckpt.pt {flags}", tmp_path)
@@ -952,11 +963,10 @@ env.reset(0)
 ABSENT = min(set(COLORS) - set(env.block_colors))              # of no block in scene 0
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
+@pytest.fixture
+def page(tmp_path):
     """A function that asks the page of play.py for something; returns status and answer."""
-    folder = tmp_path_factory.mktemp("page")
-    process = start("play.py --expert --seed 3 --size 128 --port 0 --no_browser", folder)
+    process = start("play.py --expert --seed 3 --size 128 --port 0 --no_browser", tmp_path)
     address = process.stdout.readline().split()[0]
 
     def ask(path, command=None, **headers):
@@ -1000,13 +1010,15 @@ def test_a_page_moves_blocks_with_the_mouse(page):
         assert number < first + 200
 
 
-@pytest.mark.parametrize("status, path, command, headers", [
-    (413, "/", "x" * 1_000_000, {}), (400, "/", 5, {}), (400, "/", ["frame"], {}),
-    (400, "/", ["slow", "x"], {}), (400, "/", ["say"], {}), (400, "/", ["grab", 1, None], {}),
-    (403, "/", ["drop"], dict(Origin="http://example.com")), (200, "/", ["drop"], {}),
-    (403, "/", None, dict(Host="example.com")), (404, "/model.py", None, {})])
-def test_a_page_refuses(status, path, command, headers, page):
-    assert page(path, command, **headers)[0] == status
+def test_a_page_refuses(page):
+    for status, path, command, headers in [
+            (413, "/", "x" * 1_000_000, {}), (400, "/", 5, {}), (400, "/", ["frame"], {}),
+            (400, "/", ["slow", "x"], {}), (400, "/", ["slow", 10**400], {}),
+            (400, "/", ["say"], {}), (400, "/", ["grab", 1, None], {}),
+            (403, "/", ["drop"], dict(Origin="http://example.com")), (200, "/", ["drop"], {}),
+            (403, "/", None, dict(Host="example.com")), (403, "/", None, dict(Host="[")),
+            (404, "/model.py", None, {}), (404, "/frame?-1", None, {})]:
+        assert page(path, command, **headers)[0] == status, command
 
 
 # ------------------------------------------------------------------------------- bad input
