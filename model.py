@@ -474,7 +474,9 @@ class Pointers(nn.Module):
         (arXiv:1509.06113). view (B, kept, V) one-hot, place (B, kept, 2) 0..1, of the patches.
         """
         spots = view[..., None] * F.pad(place - 0.5, (1, 0), value=1.0)[:, :, None]
-        found = attention.exp()[..., None, None] * spots[picture][:, None]  # in fp32, unlike matmul
+        found = (
+            attention.exp()[..., None, None] * spots[picture][:, None]
+        )  # in fp32, unlike matmul
         share, place = found.sum(2).split([1, 2], 3)  # (R, 2, V, 1 and 2)
         return torch.cat([share, place / (share + 1e-3)], 3).flatten(1)
 

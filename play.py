@@ -364,6 +364,7 @@ def look_inside(scene):
 
 def draw_pipeline(scene, path):
     """A figure of one forward pass: what is seen and read, and the actions."""
+    picture = scene.picture()
     actions, _, reading = look_inside(scene)
     config = scene.policy.config
     words = scene.env.instruction
@@ -375,7 +376,7 @@ def draw_pipeline(scene, path):
     panels = figure.subplot_mosaic([["seen", "read"], ["seen", "done"]])
     seen, read, done = panels.values()
     seen.set_title("what it attends to, and the path it plans for the hand")
-    seen.imshow(scene.picture())
+    seen.imshow(picture)
     seen.plot(*route.T, ".-")
     seen.axis("off")
     read.set_title("where each pointer finds its name")
