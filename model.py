@@ -344,8 +344,8 @@ EMBEDDINGS = dict(vit_stem=Stem, vit=Patches, cnn=CNN)
 
 
 class Vision(nn.Module):
-    """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C), which of the P patches of all views they
-    are, (B, kept), and where their middles are, (B, kept, 2), y and x, 0..1.
+    """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C), which of the P patches of all views
+    they are, (B, kept), and where their middles are, (B, kept, 2), y and x, 0..1.
 
     Bare table is most of every picture. Only the patches with the pixels farthest from the
     picture's median colour become tokens, which halves the work. A CNN gives one token for each
@@ -364,8 +364,8 @@ class Vision(nn.Module):
         self.blocks = encoder(config, config.layers if self.side > 1 else 0)
 
     def forward(self, images, moved=None):
-        """moved (B, V, 2), y and x: how far pictures were moved before, as a share of their size. Of
-        what is in them, the places without that count."""
+        """moved (B, V, 2), y and x: how far pictures were moved before, a share of their size. What
+        counts are the places without that."""
         x = images.float()
         half = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))  # with less noise
         some = half[:, :, ::4, ::4].flatten(2, 3)  # a few pixels
@@ -387,8 +387,8 @@ class Vision(nn.Module):
 
 
 def sincos_2d(place, width):
-    """2-D sine-cosine code (.., width) of places (.., 2), half the channels for y, half for x (as in
-    MAE, arXiv:2111.06377)."""
+    """2-D sine-cosine code (.., width) of places (.., 2), half the channels for y, half for x (as
+    in MAE, arXiv:2111.06377)."""
     freq = 1.0 / 100 ** (torch.arange(width // 4, device=place.device) / (width // 4))
     angle = place[..., None] * freq
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
@@ -469,15 +469,14 @@ class Pointers(nn.Module):
         return logits.softmax(-1) @ patches[picture], logits.log_softmax(-1)
 
     def where(self, attention, view, place, picture):
-        """What they point at, (R, 2 * 3 V): of each pointer, in each view, the share of its attention
+        """Where they look, (R, 2 * 3 V): of each pointer, in each view, the share of its attention
         and the mean place of that, y and x about the middle, as in spatial softmax
         (arXiv:1509.06113). view (B, kept, V) one-hot, place (B, kept, 2) 0..1, of the patches.
         """
         spots = view[..., None] * F.pad(place - 0.5, (1, 0), value=1.0)[:, :, None]
-        found = (
-            attention.exp()[..., None, None] * spots[picture][:, None]
-        )  # in fp32, unlike matmul
-        share, place = found.sum(2).split([1, 2], 3)  # (R, 2, V, 1 and 2)
+        # In fp32, which a matrix product would not be.
+        found = (attention.exp()[..., None, None] * spots[picture][:, None]).sum(2)
+        share, place = found.split([1, 2], 3)  # (R, 2, V, 1 and 2)
         return torch.cat([share, place / (share + 1e-3)], 3).flatten(1)
 
 

@@ -545,7 +545,7 @@ class Stage(Scene):
             time.sleep(max(due - now, 0.001))  # s; others want the lock, too
 
     def draw(self):
-        """Makes a frame whenever one is wanted, for ever: drawing takes longer than a control step."""
+        """Makes a frame when one is wanted, for ever; drawing may take longer than a step."""
         while True:
             self.wanted.wait()
             self.wanted.clear()
@@ -606,8 +606,8 @@ class Page(BaseHTTPRequestHandler):
             super().handle()
 
     def parse_request(self):
-        """Refuses what another site makes a browser send: a name that leads here by DNS rebinding, or
-        a foreign Origin."""
+        """Refuses what another site makes a browser send: a name that leads here by DNS rebinding,
+        or a foreign Origin."""
         if not super().parse_request():
             return False
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")

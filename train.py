@@ -683,8 +683,8 @@ def other_light(images, amount):
 
 
 def shifted(images, uv, picture, most):
-    """Pictures (B, V, H, W, 3), each moved by up to `most` px, its edge repeated: random shifts, as in
-    DrQ (arXiv:2004.13649). Then where things are seen in them now, (R, 2, V', 2), and how far they
+    """Pictures (B, V, H, W, 3), each moved by up to `most` px, its edge repeated: random shifts, as
+    in DrQ (arXiv:2004.13649). Then where things are seen in them now, (R, 2, V', 2), and how far they
     were moved, (B, V, 2), y and x, a share of their size."""
     B, V, H = images.shape[:3]
     cameras = uv.shape[2]
@@ -700,9 +700,9 @@ def shifted(images, uv, picture, most):
 
 
 def neighbours(uv, side, between):
-    """Places in pictures (R, 2, V', 2), see Demonstrations, to the patches around them (R, 2, V', 4)
-    and the portion of each, 0 where nothing is seen: all for the patch where it is, or, `between`
-    them, so that their mean place is that of the thing."""
+    """Places in pictures (R, 2, V', 2), see Demonstrations, to the patches around them, (R, 2, V',
+    4), and the portion of each, 0 where nothing is seen: all for the patch where it is, or, if
+    `between` them, so that their mean place is that of the thing."""
     first = torch.arange(uv.shape[2])[:, None] * side**2  # (V', 1) of each camera
     place = uv * side - 0.5 if between else (uv * side).floor()
     corner = torch.cartesian_prod(torch.arange(2), torch.arange(2))  # (4, 2)
