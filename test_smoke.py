@@ -1,6 +1,6 @@
 """The tests: the real scripts at toy size, and what the parts promise. No GL and no display.
 
-    python -m pytest -q test_smoke.py                          # about 6 minutes on 2 cores
+    python -m pytest -q test_smoke.py                          # about 5 minutes on 2 cores
     python -m pytest -q test_smoke.py -m slow                  # those that take minutes
 """
 import ast
