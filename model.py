@@ -363,9 +363,9 @@ class Vision(nn.Module):
         self.view = nn.Parameter(torch.randn(V, C) * 0.02)
         self.blocks = encoder(config, config.layers if self.side > 1 else 0)
 
-    def forward(self, images, moved=None):
-        """moved (B, V, 2), y and x: how far pictures were moved before, a share of their size. What
-        counts are the places without that."""
+    def forward(self, images, shift=None):
+        """shift (B, V, 2), y and x: by how much pictures were shifted, as a share of their size.
+        The places of patches are those before that."""
         x = images.float()
         half = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))  # with less noise
         some = half[:, :, ::4, ::4].flatten(2, 3)  # a few pixels
@@ -379,8 +379,8 @@ class Vision(nn.Module):
         x = x.flatten(1, 2).take_along_dim(kept[..., None], 1)
         view, patch = kept // self.side**2, kept % self.side**2
         cell = torch.stack([patch // self.side, patch % self.side], 2)  # (B, kept, 2)
-        if moved is not None:
-            cell = cell - self.side * moved.take_along_dim(view[..., None], 1)
+        if shift is not None:
+            cell = cell - self.side * shift.take_along_dim(view[..., None], 1)
         if self.side > 1:
             x = x + sincos_2d(cell, x.shape[2])
         return self.blocks(x), kept, (cell + 0.5) / self.side
@@ -468,16 +468,15 @@ class Pointers(nn.Module):
         logits = queries @ keys.mT * queries.shape[-1] ** -0.5
         return logits.softmax(-1) @ patches[picture], logits.log_softmax(-1)
 
-    def where(self, attention, view, place, picture):
-        """Where they look, (R, 2 * 3 V): of each pointer, in each view, the share of its attention
-        and the mean place of that, y and x about the middle, as in spatial softmax
-        (arXiv:1509.06113). view (B, kept, V) one-hot, place (B, kept, 2) 0..1, of the patches.
-        """
+    def spatial_softmax(self, attention, view, place, picture):
+        """Where they look (arXiv:1509.06113), (R, 2 * 3 V): of each pointer, in each view, how much
+        of its attention is there, and the mean place of that, y and x from the picture's middle.
+        view (B, kept, V) one-hot and place (B, kept, 2) 0..1: of the patches."""
         spots = view[..., None] * F.pad(place - 0.5, (1, 0), value=1.0)[:, :, None]
         # In fp32, which a matrix product would not be.
         found = (attention.exp()[..., None, None] * spots[picture][:, None]).sum(2)
-        share, place = found.split([1, 2], 3)  # (R, 2, V, 1 and 2)
-        return torch.cat([share, place / (share + 1e-3)], 3).flatten(1)
+        total, place = found.split([1, 2], 3)  # (R, 2, V, 1 and 2)
+        return torch.cat([total, place / (total + 1e-3)], 3).flatten(1)
 
 
 # ------------------------------------------------------------------------------------- fusion
@@ -785,8 +784,7 @@ class VLA(Policy):
         if config.intents:
             self.intent = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, len(config.intents)))
         self.fusion = FUSIONS[config.fusion](config)
-        # where thing and place are: an auxiliary answer
-        self.goal = nn.Linear(C, G)
+        self.goal = nn.Linear(C, G)  # where thing and place are: an auxiliary answer
         if config.goal_input == "pointers":
             spots = len(POINTERS) * 3 * len(config.cameras) * config.frames
             self.goal = mlp(spots + config.state_size, 2 * C, C, G)
@@ -825,17 +823,17 @@ class VLA(Policy):
         names=None,
         target=None,
         valid=None,
-        moved=None,
+        shift=None,
     ):
         """images (B, V, H, W, 3) uint8, state (B, S), text (U, L, n) or what encode_text() makes of
         it: each picture and each sentence is encoded once. Row i pairs picture[i] with sentence[i];
-        by default picture i with sentence i. moved: see Vision.
+        by default picture i with sentence i. shift: see Vision.
 
         Returns actions (R, K, A), or with `target` (R, K, A) and `valid` (R, K) the head's error
         (R, K, A); goals (R, G) (metres, normalised); log-attention (R, M, P) on the patches of all
         views in turn: of the two pointers, if any, then of two CLS heads, if any; and what is Heard.
         """
-        patches, kept, place = self.vision(images, moved)
+        patches, kept, place = self.vision(images, shift)
         heard = text if isinstance(text, Heard) else self.encode_text(text, names)
         words, queries = heard.words[sentence], heard.queries[sentence]
         state = self.normalize(state)[picture]
@@ -850,7 +848,7 @@ class VLA(Policy):
         seen = x
         if self.config.goal_input == "pointers":
             view = F.one_hot(kept // self.vision.side**2, images.shape[1])
-            seen = self.pointers.where(maps[:, : len(POINTERS)], view, place, picture)
+            seen = self.pointers.spatial_softmax(maps[:, : len(POINTERS)], view, place, picture)
             seen = torch.cat([seen, state], 1)
         goal = self.goal(seen)
         features = torch.cat([x, goal, state], 1)

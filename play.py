@@ -106,14 +106,9 @@ add(
 add(
     "--port",
     type=number(int, 0, 65535),
-    default=8000,
     help="port of the page; 0 takes a free one (default 8000)",
 )
-add(
-    "--host",
-    default="127.0.0.1",
-    help="address the page is served on (default 127.0.0.1, this machine alone)",
-)
+add("--host", help="address the page is served on (default 127.0.0.1, this machine alone)")
 add("--no_browser", action="store_true", help="only print the page's address")
 args = parser.parse_args()
 
@@ -128,6 +123,11 @@ if args.data and not args.out:
     raise ValueError("--data needs --out, for a picture of an episode")
 if args.data and (args.attention or args.pipeline or args.instruction):
     raise ValueError("--data is a record; leave out --attention, --pipeline and --instruction")
+page = not (args.out or args.episodes)
+if page and len(args.seed) > 1:
+    raise ValueError("the page shows one scene; give one --seed, or --out for pictures")
+if not page and (args.port is not None or args.host or args.no_browser):
+    raise ValueError("--port, --host and --no_browser are of the page; leave out --out")
 if args.out and args.episodes:
     raise ValueError("--episodes only counts; leave out --out")
 if args.out and suffix not in (".gif", ".png"):
@@ -269,6 +269,7 @@ class Scene:
         self.camera = Room(self.env.model, size)
 
     def reset(self, seed, sentence=None):
+        """Another scene, with its own sentence unless there is another."""
         self.obs, _ = self.env.reset(seed)
         like = self.env.cameras[min(self.env.cameras)]
         self.camera.light = like.light
@@ -442,9 +443,7 @@ class Stage(Scene):
         super().__init__()
         self.learned = self.policy
         self.history = deque(maxlen=30)  # [sentence, how it was understood, outcome]
-        self.moments = deque(
-            [time.perf_counter()], maxlen=2 * CONTROL_HZ
-        )  # s, of control steps
+        self.times = deque([time.perf_counter()], maxlen=2 * CONTROL_HZ)  # s, of control steps
         self.slower = 1
         self.attention = args.attention
         self.number, self.frame = 0, ""
@@ -484,12 +483,11 @@ class Stage(Scene):
         self.examples = [make_instruction(request, rng) for request in requests if request]
 
     def expert(self, chosen):
+        """Who is to act. Raises ValueError if that one cannot read what was said last."""
         if chosen:
-            parse_instruction(
-                self.env.instruction
-            )  # ValueError if it cannot know what is meant
+            parse_instruction(self.env.instruction)
         elif self.learned:
-            self.learned.understands(self.env.instruction)  # ValueError if it is too long
+            self.learned.understands(self.env.instruction)
             self.learned.reset()
         self.policy = None if chosen else self.learned
 
@@ -540,7 +538,7 @@ class Stage(Scene):
                     self.step()
                     self.entry[2] = self.outcome()
             now = time.perf_counter()
-            self.moments.append(now)
+            self.times.append(now)
             due = max(due + self.slower / CONTROL_HZ, now)
             time.sleep(max(due - now, 0.001))  # s; others want the lock, too
 
@@ -555,7 +553,7 @@ class Stage(Scene):
                 frame = dict(
                     number=self.number + 1,
                     seed=self.env.seed,
-                    rate=(len(self.moments) - 1) / (self.moments[-1] - self.moments[0] + 1e-9),
+                    rate=(len(self.times) - 1) / (self.times[-1] - self.times[0] + 1e-9),
                     history=list(self.history),
                     examples=self.examples,
                     angles=self.camera.angles,
@@ -612,8 +610,8 @@ class Page(BaseHTTPRequestHandler):
             return False
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         try:
-            name = urlsplit(f"//{host}").hostname or ""
-            own = name in ("localhost", args.host.lower()) or ipaddress.ip_address(name)
+            name = urlsplit(f"//{host}").hostname
+            own = name in ("localhost", (args.host or "").lower()) or ipaddress.ip_address(name)
         except ValueError:
             own = False
         if not own or origin not in (None, f"http://{host}"):
@@ -651,16 +649,16 @@ def serve(seed):
     stage.scene(seed, args.randomize)
     if args.instruction:
         stage.say(args.instruction)
+    host = args.host or "127.0.0.1"
+    port = 8000 if args.port is None else args.port
     try:
-        server = ThreadingHTTPServer((args.host, args.port), Page)
+        server = ThreadingHTTPServer((host, port), Page)
     except OSError as error:
-        raise ValueError(
-            f"no page at {args.host}:{args.port} ({error}); try --port 0"
-        ) from None
+        raise ValueError(f"no page at {host}:{port} ({error}); try --port 0") from None
     server.stage = stage
     for work in (server.serve_forever, stage.draw):
         threading.Thread(target=work, daemon=True).start()
-    address = f"http://{args.host}:{server.server_port}"
+    address = f"http://{host}:{server.server_port}"
     print(f"{address} (Ctrl-C ends)", flush=True)
     if not args.no_browser and "SSH_CONNECTION" not in os.environ:
         threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
@@ -679,18 +677,18 @@ if args.data:
         ) from None
     sys.exit()
 
-scene = Scene()
 first = args.seed[0]
+if page:
+    serve(first)
+scene = Scene()
 if args.episodes:
     count_attention(scene, range(first, first + args.episodes))
 elif args.pipeline:
     scene.reset(first, args.instruction)
     draw_pipeline(scene, args.out)
-elif args.out:
+else:
     films = []
     for seed in args.seed:
         scene.reset(seed, args.instruction)
         films.append(scene.film())
     save(films, args.out)
-else:
-    serve(first)

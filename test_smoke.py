@@ -438,6 +438,8 @@ CHOICES = """
 {"text": "char", "max_text": 200}
 {"text_encoder": "lstm"}
 {"pointers": 0}
+{"goal_input": "pointers"}
+{"goal_input": "pointers", "frames": 3}
 {"fusion": "transformer"}
 {"fusion": "concat"}
 {"fusion": "multiply"}
@@ -745,19 +747,19 @@ assert np.allclose(goal[20:31, :3], hand[10]) and np.allclose(goal[20:40, 3:], h
 images = torch.zeros(8, 4, 64, 64, 3, dtype=torch.uint8)       # two cameras, two frames
 images[:, ::2, 30, 20], images[:, 1::2, 2, 2] = 255, 255
 uv = torch.tensor([[20.5, 30.5], [2.5, 2.5]]).expand(8, 2, 2, 2) / 64
-moved, seen, by = train["shifted"](images, uv, torch.arange(8), 4)
+moved, seen, shift = train["shifted"](images, uv, torch.arange(8), 4)
 assert torch.equal(moved[:, :2], moved[:, 2:]) and not torch.equal(moved, images)
 for b in range(8):
     x, y = (64 * seen[b, 0, 0]).int()
     assert moved[b, 0].amax(2).nonzero().tolist() == [[y, x]]
-    assert torch.allclose(by[b, 0] * 64, torch.tensor([y - 30., x - 20.]))
+    assert torch.allclose(shift[b, 0] * 64, torch.tensor([y - 30., x - 20.]))
 assert (seen[:, :, 1] == -1).any() and (seen[:, :, 1] > 0).any()
-patch, portion = train["neighbours"](seen, 8, False)
-assert (patch[portion == 1] % 64)[0] == (seen[0, 0, 0] * 8).long() @ torch.tensor([1, 8])
-patch, portion = train["neighbours"](seen, 8, True)
+patch, weight = train["attention_target"](seen, 8, False)
+assert (patch[weight == 1] % 64)[0] == (seen[0, 0, 0] * 8).long() @ torch.tensor([1, 8])
+patch, weight = train["attention_target"](seen, 8, True)
 x, y = patch[:, 0, 0] % 8 + 0.5, patch[:, 0, 0] % 64 // 8 + 0.5
-mean = torch.stack([(x * portion[:, 0, 0]).sum(1), (y * portion[:, 0, 0]).sum(1)], 1) / 8
-assert torch.allclose(mean, seen[:, 0, 0]) and not portion[:, :, 1][seen[:, :, 1, 0] < 0].any()
+mean = torch.stack([(x * weight[:, 0, 0]).sum(1), (y * weight[:, 0, 0]).sum(1)], 1) / 8
+assert torch.allclose(mean, seen[:, 0, 0]) and not weight[:, :, 1][seen[:, :, 1, 0] < 0].any()
 """, tmp_path)
 
 
@@ -1128,6 +1130,7 @@ train.py NEW --optimizer adamw --lr 1e-3 => --optimizer
 train.py NEW --width 100 --heads 3 => --width 100
 train.py NEW --patch 7 => --patch 7
 train.py NEW --patch 48 => --patch 48
+train.py NEW --goal_input pointers --pointers 0 => --pointers 1
 train.py NEW --max_episodes 900 => --max_episodes 900
 train.py NEW --device tpu => 'tpu'
 train.py --data 'shards/*.h5' --out_dir new => there is no shards/*.h5
@@ -1200,6 +1203,9 @@ play.py CKPT --pipeline --seed 1,2 --out a.png => one --seed
 play.py CKPT --episodes 3 --out a.gif => --episodes
 play.py --expert CKPT --out a.gif => --ckpt
 play.py --data demos.h5 => --out
+play.py CKPT --seed 1,2 => one --seed
+play.py CKPT --out a.gif --port 80 => --port
+play.py CKPT --no_browser --host 192.0.2.1 => 192.0.2.1
 play.py --data demos.h5 --episode 99 --out a.gif => --episode 99
 play.py --data demos.h5 --attention --out a.gif => --attention
 play.py --data cut.h5 --out a.gif => cut.h5

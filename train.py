@@ -135,7 +135,7 @@ class Settings(Config):
     )
     shift: int = setting(
         0,
-        "px that pictures are moved by at random, at most, in training",
+        "px that pictures are shifted by at random, at most, in training",
         low=0,
         high=64,
         needs=("model", ("vla",)),
@@ -267,14 +267,13 @@ class Batch(NamedTuple):
     names: torch.Tensor  # (U, L, n) int64, as bare names
     target: torch.Tensor  # (R, K, A) the expert's actions
     valid: torch.Tensor  # (R, K) bool: whether they are known
-    moved: torch.Tensor  # (B, V, 2) how far pictures were moved, y and x, a share of their size
+    shift: torch.Tensor  # (B, V, 2) of the pictures, y and x, as a share of their size
     # what else the losses need
     weight: torch.Tensor  # (R, K, A) how much the actions count
     goal: torch.Tensor  # (R, G) m, world frame: thing and place
     known: torch.Tensor  # (R, G) bool: whether that can be told
-    # (R, 2, V', 4): patches around where those two are seen in the newest pictures, int64,
-    patch: torch.Tensor
-    portion: torch.Tensor  # and how much of the attention should be on each; 0: not seen
+    patch: torch.Tensor  # (R, 2, V', 4) int64: what attention should be on,
+    patch_weight: torch.Tensor  # (R, 2, V', 4) and how much of it, see attention_target
     intent: torch.Tensor  # (U,) int64: what each sentence asks for, index in config.intents
     place: torch.Tensor  # (U, 2) int64: the word that names thing and place, -1: none
 
@@ -507,10 +506,11 @@ class Demonstrations:
 
         images = self.images[moments].flatten(1, 2)
         uv = self.uv[at]  # of thing and place in each picture (R, 2, V', 2)
-        moved = torch.zeros(*images.shape[:2], 2)
+        shift = torch.zeros(*images.shape[:2], 2)
         if settings.shift and augment:
-            images, uv, moved = shifted(images, uv, picture, settings.shift)
-        patch, portion = neighbours(uv, side, settings.goal_input == "pointers")
+            images, uv, shift = shifted(images, uv, picture, settings.shift)
+        bilinear = settings.goal_input == "pointers"
+        patch, patch_weight = attention_target(uv, side, bilinear)
         if self.randomized and augment:
             images = other_light(images, self.randomized)
         tensors = dict(
@@ -523,9 +523,9 @@ class Demonstrations:
             weight=weight,
             goal=goal.nan_to_num(),
             known=goal.isfinite(),
-            moved=moved,
+            shift=shift,
             patch=patch,
-            portion=portion,
+            patch_weight=patch_weight,
             **heard,
         )
         return Batch(**{name: tensor.to(device) for name, tensor in tensors.items()})
@@ -683,9 +683,9 @@ def other_light(images, amount):
 
 
 def shifted(images, uv, picture, most):
-    """Pictures (B, V, H, W, 3), each moved by up to `most` px, its edge repeated: random shifts, as
-    in DrQ (arXiv:2004.13649). Then where things are seen in them now, (R, 2, V', 2), and how far they
-    were moved, (B, V, 2), y and x, a share of their size."""
+    """Random shifts, as in DrQ (arXiv:2004.13649): pictures (B, V, H, W, 3), each shifted by up to
+    `most` px, its edge repeated; where things are seen in them now, (R, 2, V', 2); and by how much
+    they are shifted, (B, V, 2), y and x, as a share of their size."""
     B, V, H = images.shape[:3]
     cameras = uv.shape[2]
     move = torch.randint(-most, most + 1, (B, cameras, 2))  # x and y
@@ -695,21 +695,21 @@ def shifted(images, uv, picture, most):
     images = images[batch, view, y[..., None], x[:, :, None]]
     now = uv + move[picture, None] / H
     seen = (uv[..., :1] >= 0) & ((now >= 0) & (now < 1)).all(-1, keepdim=True)
-    moved = move.flip(-1).repeat(1, V // cameras, 1) / H
-    return images, torch.where(seen, now, -1.0), moved
+    shift = move.flip(-1).repeat(1, V // cameras, 1) / H
+    return images, torch.where(seen, now, -1.0), shift
 
 
-def neighbours(uv, side, between):
-    """Places in pictures (R, 2, V', 2), see Demonstrations, to the patches around them, (R, 2, V',
-    4), and the portion of each, 0 where nothing is seen: all for the patch where it is, or, if
-    `between` them, so that their mean place is that of the thing."""
+def attention_target(uv, side, bilinear):
+    """Where things are seen, (R, 2, V', 2), see Demonstrations, to four patches (R, 2, V', 4) and
+    their weights, 0 if nothing is seen: those of bilinear interpolation, so that the mean place is
+    the thing's, or all for the patch that it is in."""
     first = torch.arange(uv.shape[2])[:, None] * side**2  # (V', 1) of each camera
-    place = uv * side - 0.5 if between else (uv * side).floor()
+    place = uv * side - 0.5 if bilinear else (uv * side).floor()
     corner = torch.cartesian_prod(torch.arange(2), torch.arange(2))  # (4, 2)
     cell = place.floor()[..., None, :] + corner  # (R, 2, V', 4, 2)
-    portion = (1 - (place[..., None, :] - cell).abs()).prod(-1)
+    weight = (1 - (place[..., None, :] - cell).abs()).prod(-1)
     x, y = cell.long().clamp(0, side - 1).unbind(-1)
-    return first + y * side + x, portion * (uv[..., :1] >= 0)
+    return first + y * side + x, weight * (uv[..., :1] >= 0)
 
 
 class Wordings:
@@ -801,8 +801,8 @@ def compute_losses(net, batch, model):
     if M and model.config.vision != "cnn":  # maps of thing and place in turn
         patch = batch.patch.flatten(2).repeat(1, M // 2, 1)  # (R, M, 4 V')
         found = attention.float().gather(2, patch)
-        portion = batch.portion.flatten(2).repeat(1, M // 2, 1) * (found > DROPPED)
-        seen = (found * portion).sum(2) / portion.sum(2).clamp_min(1e-6)
+        weight = batch.patch_weight.flatten(2).repeat(1, M // 2, 1) * (found > DROPPED)
+        seen = (found * weight).sum(2) / weight.sum(2).clamp_min(1e-6)
         terms["attention"] = -seen.mean()
     if heard.intents is not None:
         terms["language"] = F.cross_entropy(heard.intents.float(), batch.intent)

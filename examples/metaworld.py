@@ -122,10 +122,12 @@ GROUPS = ("easy", "medium", "hard", "very_hard")
 CAMERAS = ("corner2", "gripperPOV")
 CORNER2 = (0.75, 0.075, 0.7)  # m, where LeRobot puts it
 FOVY = 36.0  # degrees, of corner2; its own 60 show much that no hand comes near
-UNSEEN = "right_arm_base_link right_l0 right_l1 head".split()  # half of all that would be drawn
+# Half of all triangles, and next to no pixel.
+UNSEEN = "right_arm_base_link right_l0 right_l1 head".split()
 FILM = 192  # px, of --gif
 FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
+NOISE = 1  # as gen_data.py's --noise
 STEPS = 500  # control steps, at most
 AFTER = 10  # steps that a demonstration goes on: success may be 7 cm from the goal
 JOB = 10  # demonstrations in a file of an unfinished recording
@@ -220,7 +222,7 @@ class Expert:
 def demonstrate(scene, task, seed, look=True):
     """An episode of the expert, with noise on what is done and none on what is recorded: attrs and
     arrays of write_episode, without pictures unless it is to `look`, or False if it failed."""
-    disturbance = Disturbance(np.random.default_rng([seed, 1]), 1)
+    disturbance = Disturbance(np.random.default_rng([seed, 1]), NOISE)
     scene.reset(seed)
     expert, frames, done, more = Expert(scene, task), [], False, AFTER
     attrs = dict(instruction=TASKS[task][2], task=task, scene_seed=seed, interrupted=False)
@@ -241,11 +243,11 @@ def record_job(folder, task, first, args):
         scene, part = Scene(task, args.size), path.with_suffix(".tmp")
         with h5py.File(part, "w") as file:
             for seed in range(2 * first, 2 * (first + JOB)):  # some experts fail now and then
-                it = scene, task, seed
-                wanted = len(file) < min(JOB, args.demos - first)
+                if len(file) == min(JOB, args.demos - first):
+                    break
                 # Drawing takes most of the time, and failures are long: first without.
-                if wanted and demonstrate(*it, look=False) and (found := demonstrate(*it)):
-                    write_episode(file, len(file), *found)
+                if demonstrate(scene, task, seed, look=False):
+                    write_episode(file, len(file), *demonstrate(scene, task, seed))
         part.replace(path)
     return path
 
@@ -380,7 +382,12 @@ def main():
             add("--demos", type=number(int, 1, 10_000), default=50, help="of each task")
             add("--size", type=number(int, 16, 256), default=96, help="px of pictures")
         else:
-            add("--ckpt", type=Path, default="out/ckpt.pt", help="default out/ckpt.pt")
+            add(
+                "--ckpt",
+                type=Path,
+                default="out/ckpt.pt",
+                help="checkpoint (default out/ckpt.pt)",
+            )
             add("--expert", action="store_true", help="score the scripted experts instead")
             add("--episodes", type=number(int, 1, 1000), default=10, help="of each task")
             add("--seed", type=number(int, 0, 2**31), default=REPORT, help="of the first scene")
