@@ -29,6 +29,7 @@ import webbrowser
 from collections import defaultdict, deque
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -59,8 +60,9 @@ explain_errors("play.py")
 
 
 # ---------------------------------------------------------------------------------- settings
-def seed_list(text):
-    return [number(int, 0, 2**31)(seed) for seed in text.split(",")]
+def numbers(kind, low, high):
+    """A comma list of them, as an argparse type."""
+    return lambda text: [number(kind, low, high)(part) for part in text.split(",")]
 
 
 parser = argparse.ArgumentParser(
@@ -71,7 +73,11 @@ either = parser.add_mutually_exclusive_group().add_argument
 either("--ckpt", help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
 either("--expert", action="store_true", help="play the scripted expert instead")
 either("--data", type=Path, help="show a demonstration of this file instead")
-add("--instruction", help="what to do (default: the scene's own sentence)")
+add(
+    "--instruction",
+    action="append",
+    help="what to do (default: the scene's own sentence); again for the next of several scenes",
+)
 add(
     "--tasks",
     help=f"what the scenes' own sentences ask for: all, or a comma list of {', '.join(TASKS)} "
@@ -79,15 +85,15 @@ add(
 )
 add(
     "--seed",
-    type=seed_list,
+    type=numbers(int, 0, 2**31),
     default=[0],
     help="a scene, or with --out a comma list (default 0)",
 )
 add(
     "--randomize",
-    type=number(float, 0, 1),
-    default=0.0,
-    help="0 to 1: how far the scene's world is from normal (default 0)",
+    type=numbers(float, 0, 1),
+    default=[0.0],
+    help="0 to 1: how far the scene's world is from normal (default 0), or a comma list",
 )
 add(
     "--attention",
@@ -126,6 +132,9 @@ if args.data and (args.attention or args.pipeline or args.instruction):
 page = not (args.out or args.episodes)
 if page and len(args.seed) > 1:
     raise ValueError("the page shows one scene; give one --seed, or --out for pictures")
+said, randomize = args.instruction or [None], args.randomize
+if max(len(said), len(randomize)) > len(args.seed):
+    raise ValueError("there are fewer --seed than sentences or values of --randomize")
 if not page and (args.port is not None or args.host or args.no_browser):
     raise ValueError("--port, --host and --no_browser are of the page; leave out --out")
 if args.out and args.episodes:
@@ -265,7 +274,7 @@ class Scene:
                 "pictures, and --expert or this checkpoint has none; choose another"
             )
         tasks = task_list(args.tasks) if args.tasks else config.tasks
-        self.env = Env(tasks, config.cameras, randomize=args.randomize)
+        self.env = Env(tasks, config.cameras, randomize=randomize[0])
         self.camera = Room(self.env.model, size)
 
     def reset(self, seed, sentence=None):
@@ -646,9 +655,9 @@ class Page(BaseHTTPRequestHandler):
 def serve(seed):
     """A page in the browser, until Ctrl-C."""
     stage = Stage()
-    stage.scene(seed, args.randomize)
+    stage.scene(seed, *randomize)
     if args.instruction:
-        stage.say(args.instruction)
+        stage.say(*said)
     host = args.host or "127.0.0.1"
     port = 8000 if args.port is None else args.port
     try:
@@ -684,11 +693,12 @@ scene = Scene()
 if args.episodes:
     count_attention(scene, range(first, first + args.episodes))
 elif args.pipeline:
-    scene.reset(first, args.instruction)
+    scene.reset(first, *said)
     draw_pipeline(scene, args.out)
 else:
     films = []
-    for seed in args.seed:
-        scene.reset(seed, args.instruction)
+    for seed, sentence, amount in zip(args.seed, cycle(said), cycle(randomize)):
+        scene.env.set_randomize(amount)
+        scene.reset(seed, sentence)
         films.append(scene.film())
     save(films, args.out)

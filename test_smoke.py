@@ -1204,6 +1204,7 @@ play.py CKPT --episodes 3 --out a.gif => --episodes
 play.py --expert CKPT --out a.gif => --ckpt
 play.py --data demos.h5 => --out
 play.py CKPT --seed 1,2 => one --seed
+play.py CKPT --out a.gif --randomize 0,1 => fewer --seed
 play.py CKPT --out a.gif --port 80 => --port
 play.py CKPT --no_browser --host 192.0.2.1 => 192.0.2.1
 play.py --data demos.h5 --episode 99 --out a.gif => --episode 99
