@@ -156,9 +156,11 @@ class Config:
     # action head
     head: str = setting(
         "continuous",
-        "regression (continuous), bins and cross-entropy (tokens), or flow matching (flow)",
-        ("continuous", "tokens", "flow"),
+        "regression (continuous), of several chunks of which one is drawn (mixture), bins and "
+        "cross-entropy (tokens), or flow matching (flow)",
+        ("continuous", "mixture", "tokens", "flow"),
     )
+    head_layers: int = setting(1, "hidden layers of the head; one more if flow")
     loss: str = setting(
         "l1", "loss of the continuous head", ("l1", "mse"), needs=("head", ("continuous",))
     )
@@ -563,10 +565,11 @@ FUSIONS = dict(attention=Attention, transformer=Transformer, concat=Concat, mult
 # -------------------------------------------------------------------------------- action heads
 # A head has forward(features), the actions, and error(features, target, valid), what is trained:
 # one number for each number of the actions, not reduced; train.py weights and averages them.
-def chunk_mlp(config, *sizes, last=()):
-    """An MLP that ends in (K, A, *last) numbers."""
+def chunk_mlp(config, size, layers, last=()):
+    """An MLP with so many hidden layers that ends in (K, A, *last) numbers."""
     shape = config.chunk, config.action_size, *last
-    return mlp(*sizes, math.prod(shape)).append(nn.Unflatten(1, shape))
+    sizes = [size, *[2 * config.width] * layers, math.prod(shape)]
+    return mlp(*sizes).append(nn.Unflatten(1, shape))
 
 
 class Continuous(nn.Module):
@@ -576,7 +579,7 @@ class Continuous(nn.Module):
     def __init__(self, config, size):
         super().__init__()
         self.loss = dict(l1=torch.abs, mse=torch.square)[config.loss]
-        self.net = chunk_mlp(config, size, 2 * config.width)
+        self.net = chunk_mlp(config, size, config.head_layers)
 
     def forward(self, x):
         return self.net(x).tanh()
@@ -592,7 +595,7 @@ class Tokens(nn.Module):
     def __init__(self, config, size):
         super().__init__()
         self.bins = config.bins
-        self.net = chunk_mlp(config, size, 2 * config.width, last=(self.bins,))
+        self.net = chunk_mlp(config, size, config.head_layers, (self.bins,))
 
     def forward(self, x):
         return (self.net(x).argmax(-1) + 0.5) * (2 / self.bins) - 1  # the middle of the bin
@@ -614,7 +617,7 @@ class Flow(nn.Module):
         self.config = config
         self.register_buffer("noise", torch.randn(config.chunk, config.action_size))
         inputs = size + self.noise.numel() + 2 * self.FREQUENCIES
-        self.net = chunk_mlp(config, inputs, 2 * config.width, 2 * config.width)
+        self.net = chunk_mlp(config, inputs, config.head_layers + 1)
 
     def velocity(self, x, actions, time):
         """Features (R, size), actions on their way (R, K, A), time (R, 1) from 0, noise, to 1."""
@@ -638,7 +641,40 @@ class Flow(nn.Module):
         return (self.velocity(x, between, time).float() - (target - noise)).square()
 
 
-HEADS = dict(continuous=Continuous, tokens=Tokens, flow=Flow)
+class Mixture(nn.Module):
+    """Several chunks and how likely each is: a mixture density network (Bishop, 1994), of Laplace
+    distributions. Where the expert does now this and now that, the median may be neither."""
+
+    MODES = 4
+    SCALE = 0.05  # of an action's error
+
+    def __init__(self, config, size):
+        super().__init__()
+        self.shape = config.chunk, config.action_size, self.MODES
+        hidden = [2 * config.width] * config.head_layers
+        self.net = mlp(size, *hidden, self.MODES + math.prod(self.shape))
+
+    def modes(self, x):
+        """Features (R, size) to log-probabilities (R, MODES) and chunks (R, K, A, MODES)."""
+        x = self.net(x).float()
+        chunks = x[:, self.MODES :].unflatten(1, self.shape).tanh()
+        return x[:, : self.MODES].log_softmax(1), chunks
+
+    def forward(self, x):
+        likely, chunks = self.modes(x)
+        mode = likely.exp().multinomial(1)
+        return chunks[torch.arange(len(x)), ..., mode[:, 0]]
+
+    def error(self, x, target, valid):
+        likely, chunks = self.modes(x)
+        error = (chunks - target[..., None]).abs()
+        cost = (error.mean(2) * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
+        share = (likely - cost / self.SCALE).softmax(1).detach()  # of each mode in this chunk
+        surprise = -(share * likely).sum(1)
+        return (error * share[:, None, None]).sum(3) + self.SCALE * surprise[:, None, None]
+
+
+HEADS = dict(continuous=Continuous, mixture=Mixture, tokens=Tokens, flow=Flow)
 
 
 # ---------------------------------------------------------------------------------- policies
@@ -881,7 +917,7 @@ class BC(Policy):
 
     def __init__(self, config):
         super().__init__(config)
-        self.net = chunk_mlp(config, config.state_size, 256, 256, 256)
+        self.net = chunk_mlp(config, config.state_size, 3)
 
     def forward(self, state):
         return self.net(self.normalize(state)).tanh()

@@ -279,6 +279,7 @@ class Scene:
 
     def reset(self, seed, sentence=None):
         """Another scene, with its own sentence unless there is another."""
+        torch.manual_seed(seed)  # the policy may draw
         self.obs, _ = self.env.reset(seed)
         like = self.env.cameras[min(self.env.cameras)]
         self.camera.light = like.light

@@ -35,7 +35,7 @@ from PIL import Image
 from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, HELD_OUT, PRIVILEGED,
                       GRAMMAR, NAMES, PROPRIO, SPLITS, TASKS, TEST_SEED, Disturbance, Env, all_requests,
                       blunder, expert, is_held_out, make_wording, parse_instruction, write_episode)
-from model import CHARS, VLA, Config, ngrams, split, tokenize
+from model import CHARS, VLA, Config, Mixture, ngrams, split, tokenize
 
 TRAIN = ("train.py --data demos.h5 --device cpu --steps 6 --batch_size 8 "
          "--log_interval 3 --eval_interval 3 --eval_episodes 1")
@@ -446,6 +446,7 @@ CHOICES = """
 {"head": "tokens"}
 {"head": "tokens", "bins": 16}
 {"head": "flow"}
+{"head": "mixture", "head_layers": 2}
 {"loss": "mse"}
 {"chunk": 1}
 {"chunk": 16, "execute": 3}
@@ -480,9 +481,27 @@ def test_every_choice_builds_learns_saves_and_acts(choice, batch, tmp_path):
     loaded = VLA.load(tmp_path / "ckpt.pt")
     model.eval()
     for obs in observations * 3:
+        torch.manual_seed(1)                       # a mixture draws
         action = model.predict(obs, sentence)
+        torch.manual_seed(1)
         assert action.tobytes() == loaded.predict(obs, sentence).tobytes()
         assert action.shape == (4,) and action.dtype == np.float32 and np.abs(action).max() <= 1
+
+
+def test_a_mixture_does_one_or_the_other():
+    """Where the median of what was shown is what nobody did."""
+    torch.manual_seed(0)
+    head, x = Mixture(Config(), 3), torch.zeros(64, 3)
+    optimizer = torch.optim.AdamW(head.parameters(), 1e-2)
+    for _ in range(100):
+        shown = 0.8 * (2 * torch.rand(64, 1, 1).round() - 1).expand(64, 8, 4)
+        optimizer.zero_grad()
+        head.error(x, shown, torch.ones(64, 8)).mean().backward()
+        optimizer.step()
+    done = head(x)
+    assert ((done.abs() - 0.8).abs() < 0.1).all()
+    assert 0.2 < (done[:, 0, 0] > 0).float().mean() < 0.8
+    assert (done.sign() == done[:, :1, :1].sign()).all()
 
 
 def test_acting_follows_the_config_and_listens(batch):
