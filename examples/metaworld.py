@@ -2,7 +2,7 @@ r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a traine
 
     python examples/metaworld.py record --tasks mt10 --demos 50 --out data/mt10.h5
     python train.py --data data/mt10.h5 --out_dir out_mt10 --steps 4000 --batch_size 96 \
-        --keep_patches 80 --shift 6 --goal_input pointers --head mixture --head_layers 3 --execute 1
+        --keep_patches 80 --shift 6 --goal_input pointers --head mixture --head_layers 3 --execute 2
     python examples/metaworld.py eval --ckpt out_mt10/ckpt.pt --tasks mt10 --episodes 10
 
 Run it from the project's root, in a virtual environment of its own with what is in
