@@ -339,7 +339,6 @@ def guessing(env, scene, tasks):
 def play(run, episodes, pool):
     """Plays them to the end, side by side. A model sees all of them to the end, since the size of
     its batch changes the last bits of its actions."""
-    torch.manual_seed(0)  # a policy may draw
     for i, episode in enumerate(episodes):
         episode.other = episodes[i - 1]
         if run.control == "deaf_shuffled":

@@ -156,7 +156,7 @@ class Config:
     # action head
     head: str = setting(
         "continuous",
-        "regression (continuous), of several chunks of which one is drawn (mixture), bins and "
+        "regression (continuous), several candidate chunks that take turns (mixture), bins and "
         "cross-entropy (tokens), or flow matching (flow)",
         ("continuous", "mixture", "tokens", "flow"),
     )
@@ -196,6 +196,10 @@ class Config:
             )
         if self.goal_input == "pointers" and not self.pointers:
             raise ValueError("--goal_input pointers needs --pointers 1")
+        if self.ensemble and self.head == "mixture":
+            raise ValueError(
+                "--ensemble averages chunks, which --head mixture is there to avoid"
+            )
         if self.execute > self.chunk:
             raise ValueError(f"--execute {self.execute} is more than the chunk of {self.chunk}")
 
@@ -566,7 +570,7 @@ FUSIONS = dict(attention=Attention, transformer=Transformer, concat=Concat, mult
 # A head has forward(features), the actions, and error(features, target, valid), what is trained:
 # one number for each number of the actions, not reduced; train.py weights and averages them.
 def chunk_mlp(config, size, layers, last=()):
-    """An MLP with so many hidden layers that ends in (K, A, *last) numbers."""
+    """An MLP with `layers` hidden layers that ends in (K, A, *last) numbers."""
     shape = config.chunk, config.action_size, *last
     sizes = [size, *[2 * config.width] * layers, math.prod(shape)]
     return mlp(*sizes).append(nn.Unflatten(1, shape))
@@ -642,14 +646,17 @@ class Flow(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Several chunks and how likely each is: a mixture density network (Bishop, 1994), of Laplace
-    distributions. Where the expert does now this and now that, the median may be neither."""
+    """Several candidate chunks and how likely each is: a mixture density network (Bishop, 1994), each
+    candidate a Laplace term of its mean error. Where an expert acts now in one way and now in
+    another, the median may be neither."""
 
     MODES = 4
-    SCALE = 0.05  # of an action's error
+    SCALE = 0.05  # of the Laplace terms
+    GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, cover 0..1 evenly from the start
 
     def __init__(self, config, size):
         super().__init__()
+        self.turn = 0  # how many plans this episode has had
         self.shape = config.chunk, config.action_size, self.MODES
         hidden = [2 * config.width] * config.head_layers
         self.net = mlp(size, *hidden, self.MODES + math.prod(self.shape))
@@ -661,17 +668,21 @@ class Mixture(nn.Module):
         return x[:, : self.MODES].log_softmax(1), chunks
 
     def forward(self, x):
-        likely, chunks = self.modes(x)
-        mode = likely.exp().multinomial(1)
-        return chunks[torch.arange(len(x)), ..., mode[:, 0]]
+        """One of them, each as often as it is likely, but nothing here is random: in an episode that
+        is played again, so is this."""
+        log_prob, chunks = self.modes(x)
+        below = log_prob.exp().cumsum(1) <= self.turn * self.GOLDEN % 1
+        mode = below.sum(1).clamp_max(self.MODES - 1)
+        return chunks.take_along_dim(mode[:, None, None, None], 3)[..., 0]
 
     def error(self, x, target, valid):
-        likely, chunks = self.modes(x)
+        log_prob, chunks = self.modes(x)
         error = (chunks - target[..., None]).abs()
         cost = (error.mean(2) * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
-        share = (likely - cost / self.SCALE).softmax(1).detach()  # of each mode in this chunk
-        surprise = -(share * likely).sum(1)
-        return (error * share[:, None, None]).sum(3) + self.SCALE * surprise[:, None, None]
+        responsibility = (log_prob - cost / self.SCALE).softmax(1).detach()
+        cross_entropy = -(responsibility * log_prob).sum(1)
+        error = (error * responsibility[:, None, None]).sum(3)
+        return error + self.SCALE * cross_entropy[:, None, None]
 
 
 HEADS = dict(continuous=Continuous, mixture=Mixture, tokens=Tokens, flow=Flow)
@@ -700,6 +711,7 @@ class Policy(nn.Module):
     def reset(self):
         """Forget everything; call it when an episode starts."""
         self.memory = []
+        self.plans = 0  # chunks made in this episode
         self.heard = None
 
     def normalize(self, state):
@@ -907,6 +919,8 @@ class VLA(Policy):
             self.encoded = self.encode_text(text.to(self.state_mean.device))
             self.heard = distinct
         images, state = self.read_observations(histories)
+        self.head.turn = self.plans
+        self.plans += 1
         sentence = [distinct.index(sentence) for sentence in sentences]
         actions, *_ = self(images, state, self.encoded, sentence=sentence)
         return actions.float().cpu().numpy()

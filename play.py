@@ -61,8 +61,12 @@ explain_errors("play.py")
 
 # ---------------------------------------------------------------------------------- settings
 def numbers(kind, low, high):
-    """A comma list of them, as an argparse type."""
-    return lambda text: [number(kind, low, high)(part) for part in text.split(",")]
+    """A type for argparse: a comma list of them."""
+
+    def comma_list(text):
+        return [number(kind, low, high)(part) for part in text.split(",")]
+
+    return comma_list
 
 
 parser = argparse.ArgumentParser(
@@ -76,7 +80,7 @@ either("--data", type=Path, help="show a demonstration of this file instead")
 add(
     "--instruction",
     action="append",
-    help="what to do (default: the scene's own sentence); again for the next of several scenes",
+    help="what to do (default: the scene's own sentence); repeat it for further scenes",
 )
 add(
     "--tasks",
@@ -132,9 +136,11 @@ if args.data and (args.attention or args.pipeline or args.instruction):
 page = not (args.out or args.episodes)
 if page and len(args.seed) > 1:
     raise ValueError("the page shows one scene; give one --seed, or --out for pictures")
+if args.episodes and len(args.seed) > 1:
+    raise ValueError("--episodes plays scenes in a row; give the first as --seed")
 said, randomize = args.instruction or [None], args.randomize
-if max(len(said), len(randomize)) > len(args.seed):
-    raise ValueError("there are fewer --seed than sentences or values of --randomize")
+if not {len(said), len(randomize)} <= {1, len(args.seed)}:
+    raise ValueError("give one --instruction and one --randomize, or one for each --seed")
 if not page and (args.port is not None or args.host or args.no_browser):
     raise ValueError("--port, --host and --no_browser are of the page; leave out --out")
 if args.out and args.episodes:
@@ -279,7 +285,6 @@ class Scene:
 
     def reset(self, seed, sentence=None):
         """Another scene, with its own sentence unless there is another."""
-        torch.manual_seed(seed)  # the policy may draw
         self.obs, _ = self.env.reset(seed)
         like = self.env.cameras[min(self.env.cameras)]
         self.camera.light = like.light

@@ -481,9 +481,7 @@ def test_every_choice_builds_learns_saves_and_acts(choice, batch, tmp_path):
     loaded = VLA.load(tmp_path / "ckpt.pt")
     model.eval()
     for obs in observations * 3:
-        torch.manual_seed(1)                       # a mixture draws
         action = model.predict(obs, sentence)
-        torch.manual_seed(1)
         assert action.tobytes() == loaded.predict(obs, sentence).tobytes()
         assert action.shape == (4,) and action.dtype == np.float32 and np.abs(action).max() <= 1
 
@@ -498,9 +496,12 @@ def test_a_mixture_does_one_or_the_other():
         optimizer.zero_grad()
         head.error(x, shown, torch.ones(64, 8)).mean().backward()
         optimizer.step()
-    done = head(x)
+    chunks = []
+    for head.turn in range(40):
+        chunks.append(head(x[:1])[0])
+    done = torch.stack(chunks)
     assert ((done.abs() - 0.8).abs() < 0.1).all()
-    assert 0.2 < (done[:, 0, 0] > 0).float().mean() < 0.8
+    assert 0.3 < (done[:, 0, 0] > 0).float().mean() < 0.7
     assert (done.sign() == done[:, :1, :1].sign()).all()
 
 
@@ -913,7 +914,9 @@ again: --recipe classic --steps 3
 
 @pytest.mark.parametrize("flags, width", [
     ("--seed 3 --size 128 --out a.gif", 128), ("--seed 3 --pipeline --out a.png", 1000),
-    ("--seed 0,1 --size 128 --attention --out a.png", 4 * 2 * 128)])
+    ("--seed 0,1 --size 128 --attention --out a.png", 4 * 2 * 128),
+    ("--seed 0,1 --size 128 --randomize 0,1 --instruction 'open the drawer' "
+     "--instruction 'close the drawer' --out a.gif", 2 * 128)])
 def test_play_draws(flags, width, trained, tmp_path):
     run(f"play.py --ckpt {trained}/out/ckpt.pt {flags}", tmp_path)
     with Image.open(next(tmp_path.glob("a.*"))) as picture:
@@ -1223,7 +1226,8 @@ play.py CKPT --episodes 3 --out a.gif => --episodes
 play.py --expert CKPT --out a.gif => --ckpt
 play.py --data demos.h5 => --out
 play.py CKPT --seed 1,2 => one --seed
-play.py CKPT --out a.gif --randomize 0,1 => fewer --seed
+play.py CKPT --out a.gif --randomize 0,1 => one for each --seed
+play.py CKPT --attention --episodes 2 --seed 1,2 => --episodes
 play.py CKPT --out a.gif --port 80 => --port
 play.py CKPT --no_browser --host 192.0.2.1 => 192.0.2.1
 play.py --data demos.h5 --episode 99 --out a.gif => --episode 99

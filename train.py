@@ -436,7 +436,7 @@ class Demonstrations:
         """From observations and actions alone, see hindsight()."""
         self._label_nothing(cameras)
         hand = self._observed(["ee_pos"]).numpy()
-        close = (self.action[0, :, self.gripper] < 0).numpy()
+        close = (self.action[0, :, self.gripper] < 0).numpy()  # 0: neither
         mounts = [self.episodes[0].attrs.get(f"{camera}_mount") for camera in cameras]
         turn = np.zeros((len(hand), 3, 3))
         if "hand" in mounts:

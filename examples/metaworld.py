@@ -127,7 +127,7 @@ UNSEEN = "right_arm_base_link right_l0 right_l1 head".split()
 FILM = 192  # px, of --gif
 FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
-NOISE = 0.3  # of gen_data.py's: these experts recover slowly
+NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
 STEPS = 500  # control steps, at most
 AFTER = 10  # steps that a demonstration goes on: success may be 7 cm from the goal
 JOB = 10  # demonstrations in a file of an unfinished recording
@@ -297,7 +297,6 @@ def score_task(task, args):
     said = TASKS[TASKS[task][5]] if args.swap else TASKS[task]
     sentence, done, film = said[4 if args.paraphrase else 2], [], []
     for seed in range(args.seed, args.seed + args.episodes):
-        torch.manual_seed(seed)  # the policy may draw
         scene.reset(seed)
         expert = Expert(scene, task)
         if policy:
