@@ -156,7 +156,7 @@ class Config:
     # action head
     head: str = setting(
         "continuous",
-        "regression (continuous), several candidate chunks that take turns (mixture), bins and "
+        "regression (continuous), several candidate chunks, one of them drawn (mixture), bins and "
         "cross-entropy (tokens), or flow matching (flow)",
         ("continuous", "mixture", "tokens", "flow"),
     )
@@ -652,7 +652,6 @@ class Mixture(nn.Module):
 
     MODES = 4
     SCALE = 0.05  # of the Laplace terms
-    GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, cover 0..1 evenly from the start
 
     def __init__(self, config, size):
         super().__init__()
@@ -668,10 +667,10 @@ class Mixture(nn.Module):
         return x[:, : self.MODES].log_softmax(1), chunks
 
     def forward(self, x):
-        """One of them, each as often as it is likely, but nothing here is random: in an episode that
-        is played again, so is this."""
+        """One of them, drawn by their probabilities. The draw follows from the turn, so that an
+        episode that is played again is the same."""
         log_prob, chunks = self.modes(x)
-        below = log_prob.exp().cumsum(1) <= self.turn * self.GOLDEN % 1
+        below = log_prob.exp().cumsum(1) <= np.random.default_rng(self.turn).random()
         mode = below.sum(1).clamp_max(self.MODES - 1)
         return chunks.take_along_dim(mode[:, None, None, None], 3)[..., 0]
 
