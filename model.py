@@ -646,12 +646,12 @@ class Flow(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Several candidate chunks and how likely each is: a mixture density network (Bishop, 1994), each
-    candidate a Laplace term of its mean error. Where an expert acts now in one way and now in
+    """Several candidate chunks and their probabilities: a mixture density network (Bishop, 1994) of
+    Laplace distributions of a chunk's mean error. Where an expert acts now in one way and now in
     another, the median may be neither."""
 
     MODES = 4
-    SCALE = 0.05  # of the Laplace terms
+    SCALE = 0.05  # of the Laplace distributions, in units of an action
 
     def __init__(self, config, size):
         super().__init__()

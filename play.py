@@ -66,6 +66,7 @@ def numbers(kind, low, high):
     def comma_list(text):
         return [number(kind, low, high)(part) for part in text.split(",")]
 
+    comma_list.__name__ = "comma list"  # for argparse's own message
     return comma_list
 
 

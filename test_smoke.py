@@ -1136,6 +1136,7 @@ train.py NEW --typos nan => --typos
 train.py NEW --relabel 4 => --relabel
 train.py NEW --relabel 1 => --labels
 train.py NEW --release_weight -1 => --release_weight
+train.py NEW --head mixture --ensemble => --ensemble
 train.py NEW --execute 9 => --execute 9
 train.py NEW --tasks lift => lift
 train.py NEW --tasks lift,lift => lift

@@ -1,9 +1,9 @@
 r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a trained policy to scores.
 
-    python examples/metaworld.py record --tasks mt10 --demos 50 --out data/mt10.h5
-    python train.py --data data/mt10.h5 --out_dir out_mt10 --steps 4000 --batch_size 96 \
-        --keep_patches 80 --shift 6 --goal_input pointers --head mixture --head_layers 3 --execute 2
-    python examples/metaworld.py eval --ckpt out_mt10/ckpt.pt --tasks mt10 --episodes 10
+    python examples/metaworld.py record --tasks mt50 --demos 50 --size 80 --out data/mt50.h5
+    python train.py --data data/mt50.h5 --out_dir out_mt50 --steps 11000 --batch_size 96 \
+        --keep_patches 64 --shift 5 --goal_input pointers --head mixture --head_layers 3 --execute 2
+    python examples/metaworld.py eval --ckpt out_mt50/ckpt.pt --tasks mt50 --seed 500000
 
 Run it from the project's root, in a virtual environment of its own with what is in
 examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Rendering needs OpenGL;
