@@ -532,7 +532,8 @@ class Demonstrations:
 
 
 # How far the gripper is open, as a share of its widest, with a thing in it: above EMPTY, below FULL.
-EMPTY, FULL = 0.15, 0.65
+EMPTY, FULL = 0.1, 0.65
+LONG = 20  # steps half open: more than fingers take to close
 SAME = 0.03  # m: what is let go and taken again as near as that is the same thing
 UNDER = 0.04  # m from a hand that lets go down to the middle of what lies below the thing
 LIFTED = 0.03  # m that a hand rises at least with what it has taken
@@ -540,6 +541,7 @@ SLACK = 0.01  # m that it sinks at most before
 CARRIED = 0.1  # m sideways, of a thing that was not just lifted
 LOW = 0.025  # m above its lowest: where the hand pushes
 REACH = 0.03  # m from the hand to the middle of what it pushes
+SHORT = 0.05  # m: a shorter way has little of a direction
 PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where it came from
 
 
@@ -560,7 +562,7 @@ def hindsight(hand, opening, close, complete):
     """
     T, unknown = len(hand), np.full(hand.shape, np.nan)
     held = holding(opening, close)
-    if complete and close[-1] and opening[-1] < EMPTY:
+    if complete and close[-1] and opening[-1] < EMPTY and held.sum() < LONG:
         held = holding_thin(hand, opening, close)
         if not held.any():
             thing, place = pushed(hand, opening)
@@ -619,7 +621,7 @@ def pushed(hand, opening):
     low = empty & (hand[:, 2] <= hand[empty, 2].min() + LOW)
     first = max(np.flatnonzero(~low[:-1]), default=-1) + 1
     way = (hand[-1] - hand[first]) * [1, 1, 0]
-    way /= np.linalg.norm(way) + 1e-9
+    way /= max(np.linalg.norm(way), SHORT)
     middle = (hand[first] + hand[-1]) / 2
     ahead = hand + REACH * way
     touched = (np.arange(len(hand)) >= first) & ((ahead - middle) @ way > 0)
