@@ -778,10 +778,11 @@ class Policy(nn.Module):
         that the checkpoint cannot read."""
         return self.act([obs], [language])[0]
 
-    def save(self, path, **extra):
-        """Writes config, weights and `extra` (plain values) to one file that load() opens."""
-        config = dataclasses.asdict(self.config)
-        save_file(path, dict(config=config, weights=self.state_dict(), **extra))
+    def save(self, path, dtype=torch.float16, **extra):
+        """Writes config, weights and `extra` (plain values) to one file that load() opens. fp16 is as
+        good as fp32 to act with, and half as large."""
+        weights = {name: weight.to(dtype) for name, weight in self.state_dict().items()}
+        save_file(path, dict(config=dataclasses.asdict(self.config), weights=weights, **extra))
 
     @staticmethod
     def load(path=None, device="cpu"):
@@ -805,7 +806,7 @@ class Policy(nn.Module):
         model.path = str(path)
         model.step = saved.get("step")
         model.fingerprint = saved.get("fingerprint", {})
-        return model.to(device).eval()
+        return model.to(device).float().eval()
 
 
 class Heard(NamedTuple):

@@ -479,7 +479,7 @@ def test_every_choice_builds_learns_saves_and_acts(choice, batch, tmp_path):
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
     model.save(tmp_path / "ckpt.pt")
     loaded = VLA.load(tmp_path / "ckpt.pt")
-    model.eval()
+    model.half().float().eval()                    # a checkpoint's weights are fp16
     for obs in observations * 3:
         action = model.predict(obs, sentence)
         assert action.tobytes() == loaded.predict(obs, sentence).tobytes()

@@ -1006,7 +1006,7 @@ def save(step):
         about = dict(step=step, settings=chosen, fingerprint=fingerprint)
         states = [optimizer.state_dict() for optimizer in optimizers]
         model.save(ckpt, **about)
-        model.save(resume_pt, **about, history=history, optimizers=states)
+        model.save(resume_pt, torch.float32, **about, history=history, optimizers=states)
 
 
 # ---------------------------------------------------------------------------------- the loop

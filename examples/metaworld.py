@@ -1,11 +1,12 @@
 r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a trained policy to scores.
 
     python examples/metaworld.py record --tasks mt50 --demos 50 --size 80 --out data/mt50.h5
-    python train.py --data data/mt50.h5 --out_dir out_mt50 --steps 11000 --batch_size 96 \
-        --keep_patches 64 --shift 5 --goal_input pointers --head mixture --head_layers 3 --execute 2
+    python train.py --data data/mt50.h5 --out_dir out_mt50 --steps 15500 --batch_size 96 \
+        --keep_patches 96 --shift 5 --goal_input pointers --head mixture --head_layers 3 --execute 2
     python examples/metaworld.py eval --ckpt out_mt50/ckpt.pt --tasks mt50 --seed 500000
 
-Run it from the project's root, in a virtual environment of its own with what is in
+So assets/metaworld.pt was made, which `eval` scores unless there is another --ckpt. Run it from the
+project's root, in a virtual environment of its own with what is in
 examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Rendering needs OpenGL;
 on Linux without a display EGL is used, or what MUJOCO_GL says.
 
@@ -124,7 +125,7 @@ CORNER2 = (0.75, 0.075, 0.7)  # m, where LeRobot puts it
 FOVY = 36.0  # degrees, of corner2; its own 60 show much that no hand comes near
 # Half of all triangles, and next to no pixel.
 UNSEEN = "right_arm_base_link right_l0 right_l1 head".split()
-FILM = 192  # px, of --gif
+FILM = 128  # px, of --gif
 FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
@@ -385,8 +386,8 @@ def main():
             add(
                 "--ckpt",
                 type=Path,
-                default="out/ckpt.pt",
-                help="checkpoint (default out/ckpt.pt)",
+                default=ROOT / "assets/metaworld.pt",
+                help="checkpoint (default assets/metaworld.pt)",
             )
             add("--expert", action="store_true", help="score the scripted experts instead")
             add("--episodes", type=number(int, 1, 1000), default=10, help="of each task")
