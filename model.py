@@ -779,9 +779,10 @@ class Policy(nn.Module):
         return self.act([obs], [language])[0]
 
     def save(self, path, dtype=torch.float16, **extra):
-        """Writes config, weights and `extra` (plain values) to one file that load() opens. fp16 is as
-        good as fp32 to act with, and half as large."""
-        weights = {name: weight.to(dtype) for name, weight in self.state_dict().items()}
+        """Writes config, weights and `extra` (plain values) to one file that load() opens. fp16 is
+        exact enough for parameters to act with, but not for the statistics of any robot's state."""
+        rounded = {name: p.detach().to(dtype) for name, p in self.named_parameters()}
+        weights = self.state_dict() | rounded
         save_file(path, dict(config=dataclasses.asdict(self.config), weights=weights, **extra))
 
     @staticmethod
