@@ -138,12 +138,6 @@ class Config:
     pointers: int = setting(
         1, "1: two pointers from words to patches, for the thing and its place", (0, 1)
     )
-    goal_input: str = setting(
-        "fused",
-        "what the positions of thing and place are read off: all that is fused, or only where the "
-        "pointers look",
-        ("fused", "pointers"),
-    )
     # fusion
     fusion: str = setting(
         "attention",
@@ -155,12 +149,12 @@ class Config:
     layers: int = setting(2, "transformer layers of each encoder")
     # action head
     head: str = setting(
-        "continuous",
-        "regression (continuous), several candidate chunks, one of them drawn (mixture), bins and "
+        "mixture",
+        "several candidate chunks, one of them drawn (mixture), regression (continuous), bins and "
         "cross-entropy (tokens), or flow matching (flow)",
-        ("continuous", "mixture", "tokens", "flow"),
+        ("mixture", "continuous", "tokens", "flow"),
     )
-    head_layers: int = setting(1, "hidden layers of the head; one more if flow")
+    head_layers: int = setting(3, "hidden layers of the head; one more if flow")
     loss: str = setting(
         "l1", "loss of the continuous head", ("l1", "mse"), needs=("head", ("continuous",))
     )
@@ -194,11 +188,10 @@ class Config:
             raise ValueError(
                 f"--patch {self.patch} must be a multiple of 4 and divide {self.image_size} px"
             )
-        if self.goal_input == "pointers" and not self.pointers:
-            raise ValueError("--goal_input pointers needs --pointers 1")
         if self.ensemble and self.head == "mixture":
             raise ValueError(
-                "--ensemble averages chunks, which --head mixture is there to avoid"
+                "--ensemble averages chunks, which --head mixture is there to avoid; use "
+                "--head continuous"
             )
         if self.execute > self.chunk:
             raise ValueError(f"--execute {self.execute} is more than the chunk of {self.chunk}")
@@ -306,44 +299,52 @@ def mlp(*sizes, layer=nn.Linear):
 
 
 # ------------------------------------------------------------------------------------- vision
+CELL = 4  # px: pictures are cut into cells of 4x4, of which patches are made
+
+
 class Patches(nn.Module):
-    """Pictures (n, H, W, 3) to (n, C, side, side): a linear map of each patch, as in ViT
-    (arXiv:2010.11929)."""
+    """Patches of pictures, as their cells (n, E, E, 48), to (n, C): a linear map of each patch, as in
+    ViT (arXiv:2010.11929)."""
 
-    def __init__(self, size, width):
+    MARGIN = 0  # cells above and to the left of a patch that are seen with it
+
+    def __init__(self, cells, width):
         super().__init__()
-        self.size = size
-        self.linear = nn.Linear(size**2 * 3, width)
+        self.linear = nn.Linear(cells**2 * CELL**2 * 3, width)
 
     def forward(self, x):
-        x = x.unflatten(1, (-1, self.size)).unflatten(3, (-1, self.size))
-        x = x.transpose(2, 3).flatten(3)  # (n, side, side, size size 3)
-        return self.linear(x).permute(0, 3, 1, 2)
+        return self.linear(x.flatten(1))
 
 
-class Stem(Patches):
+class Stem(nn.Module):
     """The same in two steps: 4x4 patches, then an overlapping convolution (early convolutions:
-    arXiv:2106.14881)."""
+    arXiv:2106.14881), which is a linear map too, of the patches that are kept."""
 
-    def __init__(self, size, width):
-        super().__init__(4, 64)
-        self.conv = nn.Conv2d(64, width, 3, size // 4, 1)
-        self.conv.to(memory_format=torch.channels_last)  # as its input: no copy each time
+    MARGIN = 1
+
+    def __init__(self, cells, width):
+        super().__init__()
+        self.first = nn.Linear(CELL**2 * 3, 64)
+        self.second = nn.Linear(64 * (1 + cells) ** 2, width)
 
     def forward(self, x):
-        return self.conv(F.relu(super().forward(x)))
+        return self.second(F.relu(self.first(x)).flatten(1))
 
 
 class CNN(nn.Module):
-    """Pictures (n, H, W, 3) to (n, C, 1, 1): three convolutions and the mean over the picture."""
+    """Whole pictures, as their cells (n, E, E, 48), to (n, C): three convolutions and the mean over
+    the picture."""
 
-    def __init__(self, size, width):
+    MARGIN = 0
+
+    def __init__(self, cells, width):
         super().__init__()
         conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
         self.net = mlp(3, 32, 64, width, layer=conv)
 
     def forward(self, x):
-        return F.relu(self.net(x.permute(0, 3, 1, 2))).mean((2, 3), keepdim=True)
+        x = x.unflatten(3, (CELL, CELL, 3)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+        return F.relu(self.net(x.permute(0, 3, 1, 2))).mean((2, 3))
 
 
 EMBEDDINGS = dict(vit_stem=Stem, vit=Patches, cnn=CNN)
@@ -362,34 +363,50 @@ class Vision(nn.Module):
         V, C = len(config.cameras) * config.frames, config.width
         self.register_buffer("image_mean", torch.full((V, 1, 1, 3), 127.0))
         self.register_buffer("image_std", torch.full((V, 1, 1, 3), 64.0))
-        self.embed = EMBEDDINGS[config.vision](config.patch, C)
         self.side = 1 if config.vision == "cnn" else config.image_size // config.patch
         self.patches = V * self.side**2  # P
         self.keep = min(config.keep_patches * config.frames, self.patches)
+        self.cells = config.image_size // self.side // CELL  # across a patch
+        self.embed = EMBEDDINGS[config.vision](self.cells, C)
         self.view = nn.Parameter(torch.randn(V, C) * 0.02)
         self.blocks = encoder(config, config.layers if self.side > 1 else 0)
 
     def forward(self, images, shift=None):
         """shift (B, V, 2), y and x: by how much pictures were shifted, as a share of their size.
         The places of patches are those before that."""
-        x = images.float()
-        half = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))  # with less noise
-        some = half[:, :, ::4, ::4].flatten(2, 3)  # a few pixels
-        median = some.median(2, keepdim=True).values[:, :, None]  # (B, V, 1, 1, 3)
-        distance = (half - median).abs().amax(-1)  # (B, V, H / 2, W / 2)
-        x = (x - self.image_mean) / self.image_std
-        x = self.embed(x.flatten(0, 1)).flatten(2).mT  # (B V, side side, C)
-        x = x.unflatten(0, images.shape[:2]) + self.view[:, None]  # (B, V, side side, C)
-        score = F.max_pool2d(distance, half.shape[2] // self.side).flatten(1)  # (B, P)
-        kept = score.topk(self.keep).indices.sort().values
-        x = x.flatten(1, 2).take_along_dim(kept[..., None], 1)
+        kept = self.score(images).topk(self.keep).indices.sort().values
         view, patch = kept // self.side**2, kept % self.side**2
         cell = torch.stack([patch // self.side, patch % self.side], 2)  # (B, kept, 2)
+        x = self.embed(self.cut(images, view, cell).flatten(0, 1))
+        x = x.unflatten(0, kept.shape) + F.embedding(view, self.view)
         if shift is not None:
             cell = cell - self.side * shift.take_along_dim(view[..., None], 1)
         if self.side > 1:
             x = x + sincos_2d(cell, x.shape[2])
         return self.blocks(x), kept, (cell + 0.5) / self.side
+
+    def score(self, images):
+        """How far from its picture's median colour each patch has a pixel, (B, P)."""
+        x = images.to(torch.int16)
+        x = x[:, :, ::2] + x[:, :, 1::2]
+        half = (x[:, :, :, ::2] + x[:, :, :, 1::2]) / 4  # with less noise
+        some = half[:, :, ::4, ::4].flatten(2, 3)  # a few pixels
+        median = some.median(2, keepdim=True).values[:, :, None]  # (B, V, 1, 1, 3)
+        distance = (half - median).abs().amax(-1)  # (B, V, H / 2, W / 2)
+        return F.max_pool2d(distance, half.shape[2] // self.side).flatten(1)
+
+    def cut(self, images, view, patch):
+        """These patches (B, kept), and (B, kept, 2), y and x, with their margins: their cells (B, kept,
+        E, E, 48), normalised. Beyond the edge there is what is at the edge."""
+        side = images.shape[2] // CELL
+        cells = images.unflatten(3, (side, CELL)).unflatten(2, (side, CELL))
+        cells = cells.transpose(3, 4).flatten(4)  # (B, V, side, side, 48)
+        span = torch.arange(-self.embed.MARGIN, self.cells, device=images.device)
+        y, x = (self.cells * patch[..., None] + span).clamp_min(0).unbind(2)  # (B, kept, E)
+        batch = torch.arange(len(images))[:, None, None, None]
+        cells = cells[batch, view[..., None, None], y[..., None], x[..., None, :]]
+        mean, std = self.image_mean[view], self.image_std[view]  # (B, kept, 1, 1, 3)
+        return (cells - mean.repeat(1, 1, 1, 1, CELL**2)) / std.repeat(1, 1, 1, 1, CELL**2)
 
 
 def sincos_2d(place, width):
@@ -684,7 +701,7 @@ class Mixture(nn.Module):
         return error + self.SCALE * cross_entropy[:, None, None]
 
 
-HEADS = dict(continuous=Continuous, mixture=Mixture, tokens=Tokens, flow=Flow)
+HEADS = dict(mixture=Mixture, continuous=Continuous, tokens=Tokens, flow=Flow)
 
 
 # ---------------------------------------------------------------------------------- policies
@@ -780,7 +797,8 @@ class Policy(nn.Module):
 
     def save(self, path, dtype=torch.float16, **extra):
         """Writes config, weights and `extra` (plain values) to one file that load() opens. fp16 is
-        exact enough for parameters to act with, but not for the statistics of any robot's state."""
+        exact enough for parameters to act with, but not for the statistics of any robot's state.
+        """
         rounded = {name: p.detach().to(dtype) for name, p in self.named_parameters()}
         weights = self.state_dict() | rounded
         save_file(path, dict(config=dataclasses.asdict(self.config), weights=weights, **extra))
@@ -834,7 +852,7 @@ class VLA(Policy):
             self.intent = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, len(config.intents)))
         self.fusion = FUSIONS[config.fusion](config)
         self.goal = nn.Linear(C, G)  # where thing and place are: an auxiliary answer
-        if config.goal_input == "pointers":
+        if config.pointers:
             spots = len(POINTERS) * 3 * len(config.cameras) * config.frames
             self.goal = mlp(spots + config.state_size, 2 * C, C, G)
         self.head = HEADS[config.head](config, C + G + config.state_size)
@@ -890,16 +908,13 @@ class VLA(Policy):
         if self.pointers:
             others, attention = self.pointers(queries, patches, picture)
             maps.append(attention)
+            view = F.one_hot(kept // self.vision.side**2, images.shape[1])
+            spots = self.pointers.spatial_softmax(attention, view, place, picture)
         if self.state:
             others = torch.cat([others, self.state(state)[:, None]], 1)
         x, attention = self.fusion(patches, words, others, picture)
         maps = torch.cat([*maps, attention], 1)  # (R, M, kept)
-        seen = x
-        if self.config.goal_input == "pointers":
-            view = F.one_hot(kept // self.vision.side**2, images.shape[1])
-            seen = self.pointers.spatial_softmax(maps[:, : len(POINTERS)], view, place, picture)
-            seen = torch.cat([seen, state], 1)
-        goal = self.goal(seen)
+        goal = self.goal(torch.cat([spots, state], 1) if self.pointers else x)
         features = torch.cat([x, goal, state], 1)
         if target is None:
             answer = self.head(features)
