@@ -438,19 +438,17 @@ CHOICES = """
 {"text": "char", "max_text": 200}
 {"text_encoder": "lstm"}
 {"pointers": 0}
-{"goal_input": "pointers"}
-{"goal_input": "pointers", "frames": 3}
 {"fusion": "transformer"}
 {"fusion": "concat"}
 {"fusion": "multiply"}
 {"head": "tokens"}
 {"head": "tokens", "bins": 16}
 {"head": "flow"}
-{"head": "mixture", "head_layers": 2}
-{"loss": "mse"}
+{"head": "continuous", "head_layers": 1}
+{"head": "continuous", "loss": "mse"}
 {"chunk": 1}
 {"chunk": 16, "execute": 3}
-{"ensemble": True}
+{"head": "continuous", "ensemble": True}
 {"state_keys": ("joint_pos", "ee_pos", "ee_vel", "gripper", "target_pos"), "state_size": 17}
 {"state_keys": (), "state_size": 0}
 {"width": 64}
@@ -551,7 +549,7 @@ def test_what_is_called_by_name_does_not_depend_on_the_other_name():
 def test_one_batch_overfits_by_looking_and_listening(batch):
     observations, sentences, actions = batch
     torch.manual_seed(0)
-    model = VLA(Config())
+    model = VLA(Config(head="continuous"))
     pairs = inputs(model, observations, sentences)
     picture, sentence = torch.arange(4).repeat(2), torch.arange(2).repeat_interleave(4)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -1140,7 +1138,7 @@ train.py NEW --typos nan => --typos
 train.py NEW --relabel 4 => --relabel
 train.py NEW --relabel 1 => --labels
 train.py NEW --release_weight -1 => --release_weight
-train.py NEW --head mixture --ensemble => --ensemble
+train.py NEW --ensemble => --ensemble
 train.py NEW --execute 9 => --execute 9
 train.py NEW --tasks lift => lift
 train.py NEW --tasks lift,lift => lift
@@ -1156,7 +1154,6 @@ train.py NEW --optimizer adamw --lr 1e-3 => --optimizer
 train.py NEW --width 100 --heads 3 => --width 100
 train.py NEW --patch 7 => --patch 7
 train.py NEW --patch 48 => --patch 48
-train.py NEW --goal_input pointers --pointers 0 => --pointers 1
 train.py NEW --max_episodes 900 => --max_episodes 900
 train.py NEW --device tpu => 'tpu'
 train.py --data 'shards/*.h5' --out_dir new => there is no shards/*.h5

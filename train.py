@@ -542,6 +542,7 @@ SLACK = 0.01  # m that it sinks at most before
 CARRIED = 0.1  # m sideways, of a thing that was not just lifted
 LOW = 0.025  # m above its lowest: where the hand pushes
 REACH = 0.03  # m from the hand to the middle of what it pushes
+STRAIGHT = 0.03  # m beside a straight line, at most, is a way without corners
 SHORT = 0.05  # m: a shorter way has little of a direction
 PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where it came from
 
@@ -564,7 +565,7 @@ def hindsight(hand, opening, close, complete):
     T, unknown = len(hand), np.full(hand.shape, np.nan)
     held = holding(opening, close)
     if complete and close[-1] and opening[-1] < EMPTY and held.sum() < LONG:
-        held = holding_thin(hand, opening, close)
+        held = holding_thin(hand, opening)
         if not held.any():
             thing, place = pushed(hand, opening)
             return thing, place, unknown
@@ -605,29 +606,41 @@ def holding(opening, close):
     return held
 
 
-def holding_thin(hand, opening, close):
-    """The same of a thing too thin to be felt, in an episode that ends shut, (T,) bool: held open
-    before, the fingers shut where the hand was as low as it would be, and from there it rose.
+def holding_thin(hand, opening):
+    """The same of a thing too thin to be felt, in an episode that ends shut, (T,) bool: it was where the
+    shut hand was lowest, if that ended higher.
     """
     shut = max(np.flatnonzero(opening >= EMPTY), default=-1) + 1
-    height = hand[shut:, 2] - hand[shut, 2]
-    lifted = height.min() > -SLACK and height.max() > LIFTED
-    return (np.arange(len(hand)) >= shut) & (lifted and not close[:shut].all())
+    height = hand[:, 2] - hand[shut:, 2].min()
+    taken = shut + np.argmax(height[shut:] < SLACK)
+    return (np.arange(len(hand)) >= taken) & (height[-1] > LIFTED)
 
 
 def pushed(hand, opening):
     """Thing and place (T, 3) m of a push: the hand came down for good behind the thing, and went on as
-    far beyond where that was."""
+    far beyond where that was, or round a corner to its place."""
     empty = opening < EMPTY
     low = empty & (hand[:, 2] <= hand[empty, 2].min() + LOW)
     first = max(np.flatnonzero(~low[:-1]), default=-1) + 1
-    way = (hand[-1] - hand[first]) * [1, 1, 0]
-    way /= max(np.linalg.norm(way), SHORT)
-    middle = (hand[first] + hand[-1]) / 2
+    for corner in range(len(hand) - 1, first - 1, -1):
+        way = toward(hand[first], hand[corner])
+        x, y, _ = (hand[first : corner + 1] - hand[first]).T
+        if np.abs(x * way[1] - y * way[0]).max() < STRAIGHT:
+            break
+    middle = (hand[first] + hand[corner]) / 2
     ahead = hand + REACH * way
     touched = (np.arange(len(hand)) >= first) & ((ahead - middle) @ way > 0)
     thing = np.where(touched[:, None], ahead, middle)
-    return thing, thing + PUSHED * way
+    place = thing + PUSHED * way
+    if corner < len(hand) - 1:
+        place[:] = hand[-1] + REACH * toward(hand[corner], hand[-1])
+    return thing, place
+
+
+def toward(start, end):
+    """The level direction from one place to another (3,), less than 1 long if it is uncertain."""
+    way = (end - start) * [1, 1, 0]
+    return way / max(np.linalg.norm(way), SHORT)
 
 
 def rotations(quat):
