@@ -5,15 +5,17 @@ prints its parts and their sizes.
     wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ P tokens ─mean▶ 1 ┐
                                 └──────────┘  │                    │
                                          2 pointers ───────────▶ 2 ┤  ┌─────────────┐
-    "pick up the red block .." ▶│ text, 2  │──┴▶ L tokens ─mean▶ 1 ┼─▶│ attention,  │─mean─▶ fused ┐
-    joints, hand, gripper ──┬──▶│ MLP      │───────────────────▶ 1 ┘  │ 5 tokens, 1 │         │    │
-                            │                                         └─────────────┘       goal ──┤
-                            └──────────────────────────────────────────────────────────────────────┴▶ head
+    "pick up the red block .." ▶│ text, 2  │──┴▶ L tokens ─mean▶ 1 ┼─▶│ attention,  │─mean─┐
+    joints, hand, gripper ──┬──▶│ MLP      │───────────────────▶ 1 ┘  │ 5 tokens, 1 │      │
+                            │                                         └─────────────┘      │
+                            ├─ and where the 2 pointers look ──▶ goal ─────────────────────┤
+                            └──────────────────────────────────────────────────────────────┴▶ head
 
 A sentence reaches the action like this: `tokenize` hashes the letters of each word, `Text` makes
-them words in their context, `Pointers` looks in the patches for what the words name, `fusion` mixes
-what it found with the mean word and everything else, `goal` reads off where thing and place are,
-and the head turns all that into K actions.
+them words in their context, `Pointers` looks in the patches for what the words name, `goal` reads
+off where thing and place are from where it looks, `fusion` mixes what it found with the mean word
+and everything else, and the head turns all that into several chunks of K actions, of which one is
+drawn.
 
 Dimension letters, used everywhere: B batch (moments), V views (pictures of a moment: every
 camera's newest, then the ones before), H W pixels, P patches of all views, L text tokens, N tokens
@@ -45,7 +47,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 POINTERS = ("thing", "place")  # what is to be moved, and what it is to be moved to
-DROPPED = -20.0  # log-attention on a patch that was not kept: next to none
+DROPPED = -1e4  # log-attention on a patch that was not kept: none
 UNDERSTOOD = 0.05  # probability of understands() below which a sentence is declined
 
 
@@ -470,9 +472,11 @@ class Pointers(nn.Module):
         C = config.width
         self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
         self.query = nn.Linear(C, C)
-        self.key = nn.Linear(C, C)
         self.word_norm = nn.LayerNorm(C)
-        self.patch_norm = nn.LayerNorm(C)
+        # What is added to every key alike changes no attention. With biases, rounding and Adam led
+        # that to where logits were in the hundreds, which bf16 knows to the nearest 1 or 2.
+        self.patch_norm = nn.LayerNorm(C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
 
     def reading(self, words, padding):
         """How much of its name each pointer finds at each word: (U, L, C) and padding (U, L) bool

@@ -747,8 +747,8 @@ for i in range(24):
 
 
 def test_labels_of_hands_that_feel_nothing_and_of_pictures_that_move(tmp_path):
-    """An open hand was to go where it ended; one that shut at its lowest and rose took something thin.
-    Where a thing is seen moves with its picture."""
+    """An open hand was to go where it ended; a shut one that ends higher than it was took something
+    thin. Where a thing is seen moves with its picture."""
     run_code(f"""
 import runpy, sys, h5py, numpy as np, torch
 from gen_data import write_episode
@@ -766,6 +766,13 @@ train = runpy.run_path({str(ROOT / 'train.py')!r}, run_name="__main__")
 goal = train["demos"].goal[0].numpy()
 assert np.isnan(goal[:20, :3]).all() and np.allclose(goal[:20, 3:], hand[-1])
 assert np.allclose(goal[20:31, :3], hand[10]) and np.allclose(goal[20:40, 3:], hand[-1])
+corners = np.array([[0, 0, 0.1], [0, 0, 0], [0.2, 0, 0], [0.2, 0.3, 0]])
+way = np.concatenate([np.linspace(a, b, 10) for a, b in zip(corners, corners[1:])])
+shut = np.zeros(len(way)), np.ones(len(way), bool), True
+thing, place, _ = train["hindsight"](way, *shut)              # pushed round a corner
+assert np.allclose(thing[0], [0.1, 0, 0], atol=0.02) and np.allclose(place, [0.2, 0.33, 0])
+thing, place, _ = train["hindsight"](way[::-1], *shut)        # lifted at the end
+assert np.allclose(thing[0], [0.2, 0.3, 0]) and np.allclose(place, way[0])
 images = torch.zeros(8, 4, 64, 64, 3, dtype=torch.uint8)       # two cameras, two frames
 images[:, ::2, 30, 20], images[:, 1::2, 2, 2] = 255, 255
 uv = torch.tensor([[20.5, 30.5], [2.5, 2.5]]).expand(8, 2, 2, 2) / 64
