@@ -1,7 +1,7 @@
 """Trains a policy on the demonstrations and says how well it does on scenes it has never seen.
 
-    python train.py --steps 2000                       # 7 to 20 minutes on 2 cores, data included
-    python train.py --tasks all --out_dir out_all      # about an hour, in changed worlds, too
+    python train.py --steps 1000                       # minutes on 2 cores, data included
+    python train.py --tasks all --out_dir out_all      # 45 minutes, in changed worlds, too
     python train.py --model bc --out_dir out_bc        # the behaviour-cloning baseline
     python train.py --recipe classic --out_dir out_c   # the setting of tutorials, see RECIPES
     torchrun --standalone --nproc_per_node=2 train.py  # data-parallel
@@ -68,7 +68,7 @@ class Settings(Config):
         "picovla", "other defaults for all that follows", ("picovla", "classic")
     )
     # optimisation
-    steps: int = setting(2000, "optimiser steps", high=10**7)
+    steps: int = setting(1000, "optimiser steps", high=10**7)
     batch_size: int = setting(64, "frames per step", high=10**6)
     optimizer: str = setting(
         "muon", "Muon with AdamW for the rest, or AdamW alone", ("muon", "adamw")
@@ -145,7 +145,7 @@ class Settings(Config):
         "", "a file or 'shards/*.h5'; made if missing (default data/demos.h5, or data/TASKS.h5)"
     )
     episodes: int = setting(
-        3000, "how many to make if missing; 8000 for all tasks", high=100_000
+        1500, "how many to make if missing; 8000 for all tasks", high=100_000
     )
     randomize: float = setting(
         0.0,
@@ -194,7 +194,7 @@ RECIPES = dict(
     ),
 )
 BC = dict(state="full", cameras=(), chunk=1, optimizer="adamw")
-ALL = dict(steps=14_000, episodes=8000, randomize=1.0, batch_size=96)  # of --tasks all
+ALL = dict(steps=9000, episodes=8000, randomize=1.0, batch_size=96)  # of --tasks all
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
