@@ -319,8 +319,8 @@ class Patches(nn.Module):
 
 
 class Stem(nn.Module):
-    """The same in two steps: 4x4 patches, then an overlapping convolution (early convolutions:
-    arXiv:2106.14881), which is a linear map too, of the patches that are kept."""
+    """The same in two steps: a linear map of each cell, then one of all cells of a patch and its margin.
+    That is an overlapping convolution (early convolutions: arXiv:2106.14881) where it is needed."""
 
     MARGIN = 1
 
@@ -398,8 +398,8 @@ class Vision(nn.Module):
         return F.max_pool2d(distance, half.shape[2] // self.side).flatten(1)
 
     def cut(self, images, view, patch):
-        """These patches (B, kept), and (B, kept, 2), y and x, with their margins: their cells (B, kept,
-        E, E, 48), normalised. Beyond the edge there is what is at the edge."""
+        """The cells, normalised (B, kept, E, E, 48), of patches and their margins. view (B, kept) and
+        patch (B, kept, 2), y and x: which ones. Beyond the edge there is what is at the edge."""
         side = images.shape[2] // CELL
         cells = images.unflatten(3, (side, CELL)).unflatten(2, (side, CELL))
         cells = cells.transpose(3, 4).flatten(4)  # (B, V, side, side, 48)
@@ -473,8 +473,8 @@ class Pointers(nn.Module):
         self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
         self.query = nn.Linear(C, C)
         self.word_norm = nn.LayerNorm(C)
-        # What is added to every key alike changes no attention. With biases, rounding and Adam led
-        # that to where logits were in the hundreds, which bf16 knows to the nearest 1 or 2.
+        # What is added to every key alike changes no attention, so nothing but rounding would move
+        # biases; Adam made that large steps, until logits were too large for bf16 to tell apart.
         self.patch_norm = nn.LayerNorm(C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
 

@@ -1,7 +1,7 @@
 """Trains a policy on the demonstrations and says how well it does on scenes it has never seen.
 
     python train.py --steps 1000                       # minutes on 2 cores, data included
-    python train.py --tasks all --out_dir out_all      # 45 minutes, in changed worlds, too
+    python train.py --tasks all --out_dir out_all      # under an hour, in changed worlds, too
     python train.py --model bc --out_dir out_bc        # the behaviour-cloning baseline
     python train.py --recipe classic --out_dir out_c   # the setting of tutorials, see RECIPES
     torchrun --standalone --nproc_per_node=2 train.py  # data-parallel
@@ -542,7 +542,7 @@ SLACK = 0.01  # m that it sinks at most before
 CARRIED = 0.1  # m sideways, of a thing that was not just lifted
 LOW = 0.025  # m above its lowest: where the hand pushes
 REACH = 0.03  # m from the hand to the middle of what it pushes
-STRAIGHT = 0.03  # m beside a straight line, at most, is a way without corners
+STRAIGHT = 0.03  # m: a way that keeps this near to a straight line has no corner
 SHORT = 0.05  # m: a shorter way has little of a direction
 PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where it came from
 
