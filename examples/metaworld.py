@@ -131,6 +131,7 @@ SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
 STEPS = 500  # control steps, at most
 AFTER = 10  # steps that a demonstration goes on: success may be 7 cm from the goal
+CREEP = 0.25  # of the full speed: at less, as some experts arrive, it goes on for four times as many
 JOB = 10  # demonstrations in a file of an unfinished recording
 REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
 
@@ -203,8 +204,8 @@ class Scene:
             else:
                 axes, position = turn @ axes, turn @ (position - hand.xpos - FINGERTIPS)
             pose[:3, :3], pose[:3, 3] = axes, position
-            fovy = self.env.model.camera(name).fovy[0]
-            attrs |= {f"{name}_mount": mount, f"{name}_pose": pose, f"{name}_fovy": fovy}
+            attrs |= {f"{name}_mount": mount, f"{name}_pose": pose}
+            attrs[f"{name}_fovy"] = self.env.model.camera(name).fovy[0]
         return attrs
 
 
@@ -228,11 +229,11 @@ def demonstrate(scene, task, seed, look=True):
     expert, frames, done, more = Expert(scene, task), [], False, AFTER
     attrs = dict(instruction=TASKS[task][2], task=task, scene_seed=seed, interrupted=False)
     attrs |= scene.calibration()
-    while more and len(frames) < STEPS:
+    while more > 0 and len(frames) < STEPS:
         action = expert.predict()
         frames.append(scene.observe(look) | dict(actions=action))
         done |= scene.step(disturbance.disturb(action))
-        more -= done
+        more -= done * (0.25 if abs(action[:3]).max() < CREEP else 1)
     arrays = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
     return done and (attrs, arrays)
 
@@ -282,9 +283,7 @@ def record(args):
         )
     part.replace(args.out)
     shutil.rmtree(folder)
-    print(f"{args.out}: {total} demonstrations, {args.out.stat().st_size / 1e6:.0f} MB")
-    if total < args.demos * len(args.tasks):
-        print("some experts failed too often to give as many as were asked for")
+    print(f"{args.out}: {total} demonstrations, of {args.demos * len(args.tasks)} asked for")
 
 
 # ------------------------------------------------------------------------------------- scoring
