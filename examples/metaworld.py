@@ -1,7 +1,7 @@
 r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a trained policy to scores.
 
     python examples/metaworld.py record --tasks mt50 --demos 50 --size 80 --out data/mt50.h5
-    python train.py --data data/mt50.h5 --out_dir out_mt50 --steps 15500 --batch_size 96 \
+    python train.py --data data/mt50.h5 --out_dir out_mt50 --steps 22000 --batch_size 96 \
         --keep_patches 96 --shift 5 --execute 2
     python examples/metaworld.py eval --ckpt out_mt50/ckpt.pt --tasks mt50 --seed 500000
 
