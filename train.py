@@ -1028,8 +1028,8 @@ def save(step):
 
 
 class Threads:
-    """One thread fewer while that is faster: beside another busy program, all wait for the one that has
-    lost its core. Of every 100 steps 10 tell, half of them with one fewer."""
+    """One thread fewer while that is faster: beside another busy program, all wait for the one that
+    has lost its core. Of every 100 steps 10 tell, half of them with one fewer."""
 
     def __init__(self):
         self.most = torch.get_num_threads() if device == "cpu" else 1
