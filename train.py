@@ -1028,8 +1028,9 @@ def save(step):
 
 
 class Threads:
-    """One thread fewer while that is faster: beside another busy program, all wait for the one that
-    has lost its core. Of every 100 steps 10 tell, half of them with one fewer."""
+    """Uses one thread fewer while that is faster. Beside another busy program, every thread waits for
+    the one that has lost its core. In every 100 steps, 5 are timed with all threads, then 5 with one
+    fewer."""
 
     def __init__(self):
         self.most = torch.get_num_threads() if device == "cpu" else 1

@@ -131,7 +131,7 @@ SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
 STEPS = 500  # control steps, at most
 AFTER = 10  # steps that a demonstration goes on: success may be 7 cm from the goal
-CREEP = 0.25  # of the full speed: at less, as some experts arrive, it goes on for four times as many
+CREEP = 0.25  # of full speed: slower steps count as a quarter, since some experts creep to the goal
 JOB = 10  # demonstrations in a file of an unfinished recording
 REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
 
