@@ -1027,39 +1027,13 @@ def save(step):
         model.save(resume_pt, torch.float32, **about, history=history, optimizers=states)
 
 
-class Threads:
-    """Uses one thread fewer while that is faster. Beside another busy program, every thread waits for
-    the one that has lost its core. In every 100 steps, 5 are timed with all threads, then 5 with one
-    fewer."""
-
-    def __init__(self):
-        self.most = torch.get_num_threads() if device == "cpu" else 1
-        self.times = []  # s, when the last steps began
-
-    def choose(self, step):
-        if self.most == 1:
-            return
-        self.times = self.times[-10:] + [time.time()]
-        fewer, phase = self.most - 1, step % 100
-        if phase == 20:
-            torch.set_num_threads(self.most)
-        if phase == 25:
-            torch.set_num_threads(fewer)
-        if phase == 30 and len(self.times) == 11:
-            first, middle, last = self.times[::5]
-            faster = last - middle < 0.9 * (middle - first)
-            torch.set_num_threads(fewer if faster else self.most)
-
-
 # ---------------------------------------------------------------------------------- the loop
 stopping = []  # Ctrl-C is heeded between steps
 for kind in (signal.SIGINT, signal.SIGTERM):
     signal.signal(kind, lambda *_: os._exit(130) if stopping else stopping.append(True))
 began, measured = time.time(), first_step
 bar = tqdm(range(first_step, settings.steps), disable=RANK > 0 or None)  # None: no terminal
-threads = Threads()
 for step in bar:
-    threads.choose(step)
     rng = np.random.default_rng([settings.seed, step])  # a batch is a function of seed and step
     torch.manual_seed(1_000_000 * settings.seed + step + 10**12 * RANK)
     batch = draw(rng.choice(demos.train, settings.batch_size), rng, augment=True)
