@@ -136,6 +136,7 @@ class Config:
         ("word", "char"),
     )
     text_encoder: str = setting("transformer", "of the sentence", ("transformer", "lstm"))
+    buckets: int = setting(4096, "that the parts of words are hashed into", low=2)
     max_text: int = 40  # L; shorter sentences are padded to it
     pointers: int = setting(
         1, "1: two pointers from words to patches, for the thing and its place", (0, 1)
@@ -157,6 +158,7 @@ class Config:
         ("mixture", "continuous", "tokens", "flow"),
     )
     head_layers: int = setting(3, "hidden layers of the head; one more if flow")
+    head_width: int = setting(256, "numbers in each of them")
     loss: str = setting(
         "l1", "loss of the continuous head", ("l1", "mse"), needs=("head", ("continuous",))
     )
@@ -202,7 +204,6 @@ class Config:
 # -------------------------------------------------------------------------------------- text
 CHARS = " abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 NGRAMS = 24  # of a word, at most
-BUCKETS = 4096  # that they are hashed into
 
 
 WORD = r"\w+(?:'\w+)*"
@@ -213,7 +214,7 @@ def split(text):
 
 
 @cache
-def ngrams(word):
+def ngrams(word, buckets):
     """(NGRAMS,) int64: numbers of a word and of its parts of 3 to 5 letters, hashed, as in fastText
     (arXiv:1607.04606), so that no word is unknown and a misspelt one is much like itself; 0: none.
     """
@@ -222,7 +223,7 @@ def ngrams(word):
     for n in (3, 4, 5):
         parts += [word[i : i + n] for i in range(len(word) - n + 1)]
     numbers = np.zeros(NGRAMS, np.int64)
-    hashed = [1 + zlib.crc32(part.encode()) % (BUCKETS - 1) for part in dict.fromkeys(parts)]
+    hashed = [1 + zlib.crc32(part.encode()) % (buckets - 1) for part in dict.fromkeys(parts)]
     numbers[: len(hashed)] = hashed[:NGRAMS]
     return numbers
 
@@ -233,7 +234,7 @@ def tokenize(text, config):
     if config.text == "char":
         tokens = [[1 + CHARS.index(char)] for char in text.lower() if char in CHARS]
     else:
-        tokens = [ngrams(word) for word in split(text)]
+        tokens = [ngrams(word, config.buckets) for word in split(text)]
     if len(tokens) > config.max_text:
         raise ValueError(f"longer than {config.max_text} {config.text}s: {text!r}")
     row = np.zeros((config.max_text, 1 if config.text == "char" else NGRAMS), np.int64)
@@ -320,7 +321,8 @@ class Patches(nn.Module):
 
 class Stem(nn.Module):
     """The same in two steps: a linear map of each cell, then one of all cells of a patch and its margin.
-    That is an overlapping convolution (early convolutions: arXiv:2106.14881) where it is needed."""
+    That is an overlapping convolution (early convolutions: arXiv:2106.14881) where it is needed.
+    """
 
     MARGIN = 1
 
@@ -399,7 +401,8 @@ class Vision(nn.Module):
 
     def cut(self, images, view, patch):
         """The cells, normalised (B, kept, E, E, 48), of patches and their margins. view (B, kept) and
-        patch (B, kept, 2), y and x: which ones. Beyond the edge there is what is at the edge."""
+        patch (B, kept, 2), y and x: which ones. Beyond the edge there is what is at the edge.
+        """
         side = images.shape[2] // CELL
         cells = images.unflatten(3, (side, CELL)).unflatten(2, (side, CELL))
         cells = cells.transpose(3, 4).flatten(4)  # (B, V, side, side, 48)
@@ -429,7 +432,7 @@ class Text(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.width
-        size = BUCKETS if config.text == "word" else 1 + len(CHARS)
+        size = config.buckets if config.text == "word" else 1 + len(CHARS)
         self.table = nn.EmbeddingBag(size, C, mode="sum", padding_idx=0)
         nn.init.normal_(self.table.weight, std=0.3)
         nn.init.zeros_(self.table.weight[0])
@@ -593,7 +596,7 @@ FUSIONS = dict(attention=Attention, transformer=Transformer, concat=Concat, mult
 def chunk_mlp(config, size, layers, last=()):
     """An MLP with `layers` hidden layers that ends in (K, A, *last) numbers."""
     shape = config.chunk, config.action_size, *last
-    sizes = [size, *[2 * config.width] * layers, math.prod(shape)]
+    sizes = [size, *[config.head_width] * layers, math.prod(shape)]
     return mlp(*sizes).append(nn.Unflatten(1, shape))
 
 
@@ -678,7 +681,7 @@ class Mixture(nn.Module):
         super().__init__()
         self.turn = 0  # how many plans this episode has had
         self.shape = config.chunk, config.action_size, self.MODES
-        hidden = [2 * config.width] * config.head_layers
+        hidden = [config.head_width] * config.head_layers
         self.net = mlp(size, *hidden, self.MODES + math.prod(self.shape))
 
     def modes(self, x):

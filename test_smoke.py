@@ -582,7 +582,7 @@ def test_text():
     sentences = "Pick up the RED block, and lift it.", "pick up the red block and lift it"
     assert torch.equal(*[tokenize(sentence, config) for sentence in sentences])
     assert split("Lift the 'red' cube, don’t push") == ["lift", "the", "red", "cube", "don't", "push"]
-    right, wrong, other = (set(ngrams(word).tolist()) for word in ("purple", "purpel", "green"))
+    right, wrong, other = (set(ngrams(word, 4096).tolist()) for word in ("purple", "purpel", "green"))
     assert len(right & wrong) > len(right & other) + 2         # misspelt, but much like it
     ids = tokenize("red banana", chars)
     assert "".join(CHARS[i - 1] for i in ids[:, 0] if i) == "red banana" and len(ids) == 200

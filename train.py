@@ -75,7 +75,7 @@ class Settings(Config):
     )
     lr: float = setting(
         0.02,
-        "Muon's learning rate, for the matrices inside the transformers",
+        "Muon's learning rate, for matrices between hidden layers",
         low=1e-9,
         high=1e30,
         needs=("optimizer", ("muon",)),
@@ -868,11 +868,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, settings):
-    """AdamW for all, or Muon for the matrices inside the transformers and the pointers."""
-    inner = (".q.", ".kv.", ".out.", ".up.", ".down.", "pointers.query", "pointers.key")
+    """AdamW for all, or Muon for the matrices inside the transformers and the pointers, and those
+    between hidden layers of what reads off positions and of the head."""
+    inner = ".q. .kv. .out. .up. .down. pointers.query pointers.key goal.2".split()
     matrices, others = [], []
     for name, p in model.named_parameters():
-        inside = p.ndim == 2 and any(part in name for part in inner)
+        between = name.startswith("head.net.") and p.shape == (settings.head_width,) * 2
+        inside = p.ndim == 2 and (between or any(part in name for part in inner))
         (matrices if inside and settings.optimizer == "muon" else others).append(p)
     optimizers = [
         torch.optim.AdamW(
