@@ -136,7 +136,12 @@ class Config:
         ("word", "char"),
     )
     text_encoder: str = setting("transformer", "of the sentence", ("transformer", "lstm"))
-    buckets: int = setting(4096, "that the parts of words are hashed into", low=2)
+    buckets: int = setting(
+        4096,
+        "rows of the table that parts of words are hashed into",
+        low=2,
+        needs=("text", ("word",)),
+    )
     max_text: int = 40  # L; shorter sentences are padded to it
     pointers: int = setting(
         1, "1: two pointers from words to patches, for the thing and its place", (0, 1)
@@ -158,7 +163,7 @@ class Config:
         ("mixture", "continuous", "tokens", "flow"),
     )
     head_layers: int = setting(3, "hidden layers of the head; one more if flow")
-    head_width: int = setting(256, "numbers in each of them")
+    head_width: int = setting(256, "numbers in a hidden layer of the head, or of bc")
     loss: str = setting(
         "l1", "loss of the continuous head", ("l1", "mse"), needs=("head", ("continuous",))
     )

@@ -233,7 +233,7 @@ with explained(f"{out_dir}/resume.pt was begun by another train.py"):
 settings.max_text = 40 if settings.text == "word" else 200
 settings.check(said)
 if settings.model == "bc":
-    inside = vars(Config()).keys() - {"model", "tasks", "chunk", "state"}
+    inside = vars(Config()).keys() - {"model", "tasks", "chunk", "state", "head_width"}
     if strange := inside & said.keys():
         raise ValueError(f"--{min(strange)} is about the vla; --model bc has only a state")
 if not settings.data:
