@@ -4,7 +4,7 @@ seen. Times are for 2 CPU cores.
     python eval.py                                              # 100 episodes of out/ckpt.pt, 30 s
     python eval.py --policies expert,random,policy --controls   # beside ceiling and floor, 6 min
     python eval.py --episodes 500 --out results.json            # the figure to report, 3 min
-    python eval.py --split phrasing                             # in words never used in training
+    python eval.py --split phrasing                             # in held-out templates and words
     python eval.py --instructions assets/paraphrases.tsv        # in other people's, or yours
 
 --controls plays the same scenes again with something wrong:
@@ -103,7 +103,7 @@ def read_settings():
     add(
         "--ensemble",
         action="store_true",
-        help="instead: a forward pass in every step, averaging all chunks",
+        help="a forward pass in every step, averaging all chunks; not with --head mixture",
     )
     add(
         "--flow_steps",

@@ -9,7 +9,8 @@ blocks, coloured pads and a drawer; an instruction says what to do with which of
 and no OpenGL: pixels come from MuJoCo's ray caster. Importing this file does no work.
 
 World frame: origin at the arm's base on the table top, x away from the robot, y to its left, z up;
-metres. In order: numbers, instructions, scene, camera, environment, expert, tasks, recording.
+metres. In order: numbers, instructions, scene, camera, environment, expert, tasks, grammar,
+recording.
 """
 
 import argparse
@@ -47,7 +48,7 @@ SUCCESS_STEPS = 5  # control steps (0.25 s) that success must hold
 IMAGE_SIZE = 64  # px
 CAMERAS = ("front", "wrist", "top")
 PROPRIO = ("joint_pos", "ee_pos", "ee_vel", "gripper")  # observations that a robot feels
-# Exactly these two give the answer away; they are also the goal that train.py regresses.
+# Exactly these two give the answer away: for train.py --state full and --labels simulator alone.
 PRIVILEGED = ("object_pos", "target_pos")
 
 COLORS = {
@@ -2288,7 +2289,7 @@ def write_episode(file, index, attrs, arrays):
             front_image, wrist_image     (T, 64, 64, 3) u1, one per camera
             joint_pos (T, 7) f4 rad      ee_pos (T, 3) f4 m      ee_vel (T, 3) f4 m/s
             ee_quat (T, 4) f4, w first   gripper (T, 1) f4 m
-            object_pos (T, 3) f4 m       target_pos (T, 3) f4 m  these two for --state full alone
+            object_pos (T, 3) f4 m       target_pos (T, 3) f4 m  see PRIVILEGED
         grounding/                       optional: for train.py --labels simulator
             front_uv, wrist_uv           (T, things, 2) f4, 0..1 in the picture, -1: not visible
             things_pos                   (T, things, 3) f4 m
@@ -2469,8 +2470,8 @@ def assemble(out, batches, world, **attrs):
 
 
 def draw_wordings(tasks):
-    """{intent: WORDINGS of it} for all that can be asked of these tasks, and for "none": what asks for
-    nothing, which are other tasks, too."""
+    """{intent: WORDINGS of it} for all that can be asked of these tasks, and for "none": sentences
+    that ask for nothing, or for other tasks."""
     rng = np.random.default_rng(0)
     asked, others = {}, {}
     for task in TASKS:
@@ -2486,7 +2487,7 @@ def draw_wordings(tasks):
 
 
 def split_of(scene_seed, tasks):
-    """ "valid" for one scene in twenty, of every task as often, since they take turns by seed."""
+    """ "valid" for one scene in twenty, equally often for each task: they take turns by seed."""
     return "train" if scene_seed // len(tasks) % 20 else "valid"
 
 

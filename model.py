@@ -126,7 +126,7 @@ class Config:
     )
     patch: int = setting(8, "px, edge of a patch")
     keep_patches: int = setting(
-        56, "patches kept of each moment: those farthest from the picture's median colour"
+        56, "patches kept, times --frames: those farthest from the picture's median colour"
     )
     frames: int = setting(1, "pictures of each camera: the last ones, a control step apart")
     # language
@@ -135,7 +135,9 @@ class Config:
         "tokens of the sentence: words, each by its letters, or letters",
         ("word", "char"),
     )
-    text_encoder: str = setting("transformer", "of the sentence", ("transformer", "lstm"))
+    text_encoder: str = setting(
+        "transformer", "what encodes the sentence", ("transformer", "lstm")
+    )
     buckets: int = setting(
         4096,
         "rows of the table that parts of words are hashed into",
@@ -177,7 +179,10 @@ class Config:
     execute: int = setting(
         0, "actions carried out before the next forward pass; 0: half the chunk", low=0
     )
-    ensemble: bool = setting(False, "make a forward pass in every step and average all chunks")
+    ensemble: bool = setting(
+        False,
+        "make a forward pass in every step and average all chunks; not with --head mixture",
+    )
 
     @property
     def executed(self):
@@ -468,7 +473,7 @@ class Text(nn.Module):
 
 
 class Pointers(nn.Module):
-    """Two queries, for what is to be moved and for its place, that look for one patch each.
+    """Two queries, for what is to be moved and for its place, that look for one spot each.
 
     Grammar and meaning are kept apart (arXiv:1904.09708): the words in their context say at which
     words a pointer finds its name and what kind of thing it is; the name itself is the bare

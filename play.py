@@ -549,7 +549,8 @@ class Stage(Scene):
                     mass = env.model.body_mass[self.held]
                     env.data.xfrc_applied[self.held, :3] = mass * pull
                 if self.done:
-                    self.obs, *_ = env.step([0, 0, 0, env.data.ctrl[env.grip]])  # holds still
+                    still = np.eye(len(ACTION_NAMES))[3] * env.data.ctrl[env.grip]
+                    self.obs, *_ = env.step(still)
                 else:
                     self.step()
                     self.entry[2] = self.outcome()

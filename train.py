@@ -4,7 +4,7 @@
     python train.py --tasks all --out_dir out_all      # under an hour, in changed worlds, too
     python train.py --model bc --out_dir out_bc        # the behaviour-cloning baseline
     python train.py --recipe classic --out_dir out_c   # the setting of tutorials, see RECIPES
-    torchrun --standalone --nproc_per_node=2 train.py  # data-parallel
+    torchrun --standalone --nproc_per_node=2 train.py  # data-parallel, of a file that exists
 
 Leaves ckpt.pt, log.jsonl and curve.png in --out_dir. Ctrl-C saves; `--resume out` carries on. In
 order: settings, demonstrations, losses, optimiser, preparation, the loop, curve and score.
@@ -65,11 +65,11 @@ class Settings(Config):
     """All of Config, and how it is trained."""
 
     recipe: str = setting(
-        "picovla", "other defaults for all that follows", ("picovla", "classic")
+        "picovla", "other defaults for many of these flags", ("picovla", "classic")
     )
     # optimisation
-    steps: int = setting(1000, "optimiser steps", high=10**7)
-    batch_size: int = setting(64, "frames per step", high=10**6)
+    steps: int = setting(1000, "optimiser steps; 9000 for all tasks", high=10**7)
+    batch_size: int = setting(64, "frames per step; 96 for all tasks", high=10**6)
     optimizer: str = setting(
         "muon", "Muon with AdamW for the rest, or AdamW alone", ("muon", "adamw")
     )
@@ -116,7 +116,7 @@ class Settings(Config):
     )
     release_weight: float = setting(
         5.0,
-        "times the gripper's error counts where it should let go of a thing at its place",
+        "how often the gripper's error counts where it should let go of a thing at its place",
         low=0,
     )
     language_weight: float = setting(
@@ -128,7 +128,7 @@ class Settings(Config):
     typos: float = setting(0.04, "share of words that are misspelt", low=0, high=1)
     shuffle_names: int = setting(
         1,
-        "1: other colours in the words in context; only the pointers' names depend on them",
+        "1: shuffled colours in the words in context; the pointers' names keep the true ones",
         (0, 1),
         low=0,
         needs=("text", ("word",)),
@@ -142,14 +142,16 @@ class Settings(Config):
     )
     # data and machine
     data: str = setting(
-        "", "a file or 'shards/*.h5'; made if missing (default data/demos.h5, or data/TASKS.h5)"
+        "",
+        "a file, made if missing, or 'shards/*.h5' (default data/demos.h5, or data/TASKS.h5)",
     )
     episodes: int = setting(
         1500, "how many to make if missing; 8000 for all tasks", high=100_000
     )
     randomize: float = setting(
         0.0,
-        "how far two scenes in three are from the normal world, in demonstrations to be made",
+        "how far two scenes in three are from the normal world, in demonstrations to be made; "
+        "1 for all tasks",
         low=0,
         high=1,
     )
@@ -164,7 +166,9 @@ class Settings(Config):
         "type of the matrix products; auto: bfloat16 where there are units for it",
         ("auto", "float32", "bfloat16"),
     )
-    compile: bool = setting(False, "torch.compile the model (pays on a GPU only)")
+    compile: bool = setting(
+        False, "torch.compile the model (meant for GPUs; its speed was not measured)"
+    )
     eval_interval: int = setting(
         500, "steps between checkpoints; 0: one at the end, and no score", low=0, high=10**7
     )
@@ -478,8 +482,8 @@ class Demonstrations:
 
     def batch(self, frames, wordings, side, settings, rng, augment):
         """The Batch of `frames` (B,) int64, of which the first ones are shown again with another
-        instruction, if there are any. side: patches across a picture. augment: whether in other
-        light."""
+        instruction, if there are any. side: patches across a picture. augment: whether shifted
+        and in other light."""
         B = len(frames)
         relabelled = int(settings.relabel * B) if len(self.request) > 1 else 0
         row = torch.arange(B + relabelled)
@@ -684,8 +688,8 @@ def share(requests, rows=3):
 
 
 def other_light(images, amount):
-    """Every second one of the pictures (B, V, H, W, 3) uint8 in other light, or seen by a noisy camera:
-    what differs among the worlds of --randomize and needs no simulator."""
+    """Every second one of the pictures (B, V, H, W, 3) uint8 in other light and with a noisy camera: what
+    differs among the worlds of --randomize and needs no simulator."""
     B, V = images.shape[:2]
 
     def around(center, width, *shape):

@@ -5,16 +5,16 @@ r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a traine
         --keep_patches 96 --shift 5 --execute 2 --head_width 480 --buckets 1024
     python examples/metaworld.py eval --ckpt out_mt50/ckpt.pt --tasks mt50 --episodes 20
 
-So assets/metaworld.pt was made, which `eval` scores unless there is another --ckpt. Run it from the
-project's root, in a virtual environment of its own with what is in
-examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Rendering needs OpenGL;
-on Linux without a display EGL is used, or what MUJOCO_GL says.
+This made assets/metaworld.pt, which `eval` scores by default. Run it from the project's root, in a
+virtual environment of its own with what is in examples/requirements-metaworld.txt, since Meta-World
+needs an older MuJoCo. Rendering needs OpenGL; on Linux without a display EGL is used, or what
+MUJOCO_GL says.
 
 The protocol is LeRobot's (src/lerobot/envs/metaworld.py): camera corner2, moved and turned upside
 down, of which we draw the middle, where the hands stay; the first four numbers of the
-observation, here of the fingertips and 0 when they are shut; success at any of 500 steps counts. The
-second camera, gripperPOV, is ours; train.py --cameras corner2 leaves it out. If `record` is stopped,
-the same command carries on.
+observation, here the fingertips' place and an opening that is 0 when shut; success at any of 500
+steps counts. The second camera, gripperPOV, is ours; train.py --cameras corner2 leaves it out. If
+`record` is stopped, the same command carries on.
 """
 
 import argparse
@@ -131,7 +131,7 @@ SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
 STEPS = 500  # control steps, at most
 AFTER = 10  # steps that a demonstration goes on: success may be 7 cm from the goal
-CREEP = 0.25  # of full speed: slower steps count as a quarter, since some experts creep to the goal
+CREEP = 0.25  # of full speed: slower steps count as a quarter, as some experts creep to the end
 JOB = 10  # demonstrations in a file of an unfinished recording
 REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
 
