@@ -280,9 +280,9 @@ SCENE = """
   <compiler angle="radian" autolimits="true"/>
   <option timestep="0.005" integrator="implicitfast" iterations="20"/>
   <default>
-    <geom contype="0" conaffinity="0" group="2"/>
+    <geom contype="0" conaffinity="0"/>
     <joint armature=".1" damping="1"/>
-    <default class="link"><geom type="capsule" group="1" rgba=".80 .82 .85 1"/></default>
+    <default class="link"><geom type="capsule" rgba=".80 .82 .85 1"/></default>
     <default class="solid"><geom type="box" contype="1" conaffinity="1"/></default>
     <default class="finger">
       <geom type="box" contype="1" conaffinity="1" size=".009 .006 .026" mass=".03" condim="4"
@@ -294,7 +294,7 @@ SCENE = """
     <light pos=".6 -.4 1.6" dir="-.1 .3 -1"/>
     <camera name="front" pos=".92 0 .72" xyaxes="0 1 0 -.848 0 .530" fovy="43"/>
     <camera name="top" pos=".5 0 1.05" xyaxes="0 -1 0 1 0 0" fovy="34"/>
-    <geom name="table" type="plane" group="0" size="0 0 .1" rgba=".42 .40 .38 1"
+    <geom name="table" type="plane" size="0 0 .1" rgba=".42 .40 .38 1"
           contype="1" conaffinity="1" friction="1 .05 .001"/>
     <geom fromto="0 0 .02 0 0 .1" size=".075" mass="3" class="link"/>
     <body name="link1" pos="0 0 .333" gravcomp="1">
@@ -417,6 +417,8 @@ class RayCamera:
     CORNERS = np.array(list(itertools.product([-1, 1], repeat=3)))  # (8, 3)
     FLIP = np.array([1, -1, -1])  # MuJoCo's cameras look along -z with y up
     NEAR = 0.01  # m, anything nearer may be anywhere on screen
+    IN_SIGHT = 1  # group of the geoms that rays may hit; the others are in group 0
+    GROUPS = np.eye(mujoco.mjNGROUP, dtype=np.uint8)[IN_SIGHT]
 
     def __init__(self, model, name, size=IMAGE_SIZE):
         self.model = model
@@ -461,7 +463,7 @@ class RayCamera:
             data,
             position,
             rays.reshape(-1),
-            None,
+            self.GROUPS if cull else None,
             True,
             -1,
             geom,
@@ -484,7 +486,7 @@ class RayCamera:
         return image.reshape(self.size, self.size, 3)
 
     def _pixels_to_cast(self, data):
-        """Indices (n,) of the pixels inside the rectangle of some geom."""
+        """Indices (n,) of the pixels inside the rectangle of some geom. Puts those geoms IN_SIGHT."""
         turn = data.geom_xmat[1:].reshape(-1, 3, 3)  # geoms to world
         corners = self.corners @ turn.swapaxes(1, 2) + data.geom_xpos[1:, None]
         uv, depth = self._look_at(data, corners)
@@ -493,6 +495,7 @@ class RayCamera:
         edges = np.stack([low, high], 1).clip(0, self.size).astype(int)  # (geoms, 2, 2)
         seen = (edges[:, 0] < edges[:, 1]).all(1) & (depth.max((1, 2)) > 0)
         edges[depth.min((1, 2)) < self.NEAR] = [[0], [self.size]]
+        self.model.geom_group[1:] = self.IN_SIGHT * seen
         mask = np.zeros((self.size, self.size), bool)
         for (left, top), (right, bottom) in edges[seen].tolist():
             mask[top:bottom, left:right] = True

@@ -16,6 +16,7 @@ through the same ray caster that the policy sees with, and beside it all that th
 
 import argparse
 import base64
+import copy
 import io
 import ipaddress
 import json
@@ -288,6 +289,7 @@ class Scene:
         """Another scene, with its own sentence unless there is another."""
         self.obs, _ = self.env.reset(seed)
         like = self.env.cameras[min(self.env.cameras)]
+        self.camera.model = copy.copy(self.env.model)  # drawn from by another thread
         self.camera.light = like.light
         self.camera.strength = like.strength
         self.camera.refit()
