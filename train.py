@@ -1,6 +1,6 @@
 """Trains a policy on the demonstrations and says how well it does on scenes it has never seen.
 
-    python train.py --steps 1000                       # minutes on 2 cores, data included
+    python train.py --steps 800                        # minutes on 2 cores, data included
     python train.py --tasks all --out_dir out_all      # under an hour, in changed worlds, too
     python train.py --model bc --out_dir out_bc        # the behaviour-cloning baseline
     python train.py --recipe classic --out_dir out_c   # the setting of tutorials, see RECIPES
