@@ -417,8 +417,10 @@ class RayCamera:
     CORNERS = np.array(list(itertools.product([-1, 1], repeat=3)))  # (8, 3)
     FLIP = np.array([1, -1, -1])  # MuJoCo's cameras look along -z with y up
     NEAR = 0.01  # m, anything nearer may be anywhere on screen
-    IN_SIGHT = 1  # group of the geoms that rays may hit; the others are in group 0
-    GROUPS = np.eye(mujoco.mjNGROUP, dtype=np.uint8)[IN_SIGHT]
+    IN_SIGHT = (
+        1  # geom group that rays are cast at; the table and what is out of sight are in 0
+    )
+    CAST_AT = np.eye(mujoco.mjNGROUP, dtype=np.uint8)[IN_SIGHT]
 
     def __init__(self, model, name, size=IMAGE_SIZE):
         self.model = model
@@ -463,7 +465,7 @@ class RayCamera:
             data,
             position,
             rays.reshape(-1),
-            self.GROUPS if cull else None,
+            self.CAST_AT if cull else None,
             True,
             -1,
             geom,
@@ -486,7 +488,7 @@ class RayCamera:
         return image.reshape(self.size, self.size, 3)
 
     def _pixels_to_cast(self, data):
-        """Indices (n,) of the pixels inside the rectangle of some geom. Puts those geoms IN_SIGHT."""
+        """Indices (n,) of the pixels in the rectangle of some geom; marks those geoms IN_SIGHT."""
         turn = data.geom_xmat[1:].reshape(-1, 3, 3)  # geoms to world
         corners = self.corners @ turn.swapaxes(1, 2) + data.geom_xpos[1:, None]
         uv, depth = self._look_at(data, corners)

@@ -227,7 +227,10 @@ class Room(RayCamera):
         self.axes = np.stack([right, np.cross(back, right), back], 1)
 
     def show(self, data):
-        """Remembers where everything is, for picture()."""
+        """Remembers where everything is, for picture(). Both may be in another thread than the scene,
+        and drawing marks in the model what is in sight, so there is a copy of the model, too.
+        """
+        self.model = copy.copy(data.model)
         mujoco.mj_copyData(self.shown, self.model, data)
         self.shown.cam_xpos[self.id] = self.MIDDLE + self.DISTANCE * self.axes[:, 2]
         self.shown.cam_xmat[self.id] = self.axes.ravel()
@@ -289,7 +292,6 @@ class Scene:
         """Another scene, with its own sentence unless there is another."""
         self.obs, _ = self.env.reset(seed)
         like = self.env.cameras[min(self.env.cameras)]
-        self.camera.model = copy.copy(self.env.model)  # drawn from by another thread
         self.camera.light = like.light
         self.camera.strength = like.strength
         self.camera.refit()

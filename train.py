@@ -4,7 +4,7 @@
     python train.py --tasks all --out_dir out_all      # under an hour, in changed worlds, too
     python train.py --model bc --out_dir out_bc        # the behaviour-cloning baseline
     python train.py --recipe classic --out_dir out_c   # the setting of tutorials, see RECIPES
-    torchrun --standalone --nproc_per_node=2 train.py  # data-parallel, of a file that exists
+    torchrun --standalone --nproc_per_node=2 train.py  # data-parallel; needs the data
 
 Leaves ckpt.pt, log.jsonl and curve.png in --out_dir. Ctrl-C saves; `--resume out` carries on. In
 order: settings, demonstrations, losses, optimiser, preparation, the loop, curve and score.
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# OpenMP's threads wait for each other by turning in a loop. Where another program needs a core, a
-# long wait makes a step four times as long, and a short one twice; alone it makes no difference.
+# How long GNU's OpenMP threads wait for each other in a busy loop before they sleep. Beside another
+# busy program its default makes a step four times as long, this twice; alone they are the same.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # turns
 
 import h5py
@@ -120,7 +120,7 @@ class Settings(Config):
     )
     release_weight: float = setting(
         5.0,
-        "how often the gripper's error counts where it should let go of a thing at its place",
+        "weight of the gripper's error where it should let go of a thing at its place",
         low=0,
     )
     language_weight: float = setting(
@@ -692,8 +692,8 @@ def share(requests, rows=3):
 
 
 def other_light(images, amount):
-    """Every second one of the pictures (B, V, H, W, 3) uint8 in other light and with a noisy camera: what
-    differs among the worlds of --randomize and needs no simulator."""
+    """Every second one of the pictures (B, V, H, W, 3) uint8, in other light and with a noisy
+    camera: what differs among the worlds of --randomize and needs no simulator."""
     B, V = images.shape[:2]
 
     def around(center, width, *shape):
