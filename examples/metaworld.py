@@ -13,8 +13,9 @@ MUJOCO_GL says.
 The protocol is LeRobot's (src/lerobot/envs/metaworld.py): camera corner2, moved and turned upside
 down, of which we draw the middle, where the hands stay; the first four numbers of the
 observation, here the fingertips' place and an opening that is 0 when shut; success at any of 500
-steps counts. The second camera, gripperPOV, is ours; train.py --cameras corner2 leaves it out. If
-`record` is stopped, the same command carries on.
+steps counts. The second camera, gripperPOV, is ours; train.py --cameras corner2 leaves it out.
+Sentences are in metaworld.tsv: LeRobot's and, to train on beside them, our own. If `record` is
+stopped, the same command carries on.
 """
 
 import argparse
@@ -58,62 +59,12 @@ if INSTALLED:
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS as ENVIRONMENTS
     from metaworld.policies import ENV_POLICY_MAP as EXPERTS
 
-# Difficulty and sentence of LeRobot's metaworld_config.json; then our paraphrases, the first to train
-# on beside it, the last for `eval --paraphrase` alone; then the task whose sentence `--swap` says.
-TABLE = """
-hard | assembly | Pick up a nut and place it onto a peg | take the nut and put it over the peg | grab the ring and drop it on the post | disassemble
-medium | basketball | Dunk the basketball into the basket | drop the ball into the hoop | put the basketball through the hoop | reach
-medium | bin-picking | Grasp the puck from one bin and place it into another bin | move the puck to the other bin | take the puck over into the second bin | reach
-medium | box-close | Grasp the cover and close the box with it | put the lid on the box | close the box by placing its lid on top | reach
-easy | button-press-topdown | Press a button from the top | push the button down from above | hit the button on the top | reach
-easy | button-press-topdown-wall | Bypass a wall and press a button from the top | go over the wall and push the button down | get past the wall and press the button from above | reach
-easy | button-press | Press a button | push the button in | hit the button | reach
-easy | button-press-wall | Bypass a wall and press a button | go around the wall and push the button in | get past the wall and hit the button | reach
-easy | coffee-button | Push a button on the coffee machine | start the coffee machine with its button | press the button of the coffee maker | coffee-push
-medium | coffee-pull | Pull a mug from a coffee machine | take the mug away from the coffee machine | draw the mug out of the coffee maker | coffee-push
-medium | coffee-push | Push a mug under a coffee machine | slide the mug below the coffee machine | move the mug under the coffee maker | coffee-pull
-easy | dial-turn | Rotate a dial 180 degrees | turn the dial half way round | give the dial half a turn | reach
-very_hard | disassemble | Pick a nut out of a peg | take the nut off the peg | lift the ring from the post | assembly
-easy | door-close | Close a door with a revolving joint | shut the door | push the door shut | door-open
-easy | door-lock | Lock the door by rotating the lock clockwise | turn the lock to lock the door | lock that door | door-unlock
-easy | door-open | Open a door with a revolving joint | pull the door open | swing the door open | door-close
-easy | door-unlock | Unlock the door by rotating the lock counter-clockwise | turn the lock back to unlock the door | unlock that door | door-lock
-hard | hand-insert | Insert the gripper into a hole | put the hand into the hole | stick the gripper in the hole | reach
-easy | drawer-close | Push and close a drawer | shut the drawer | push the drawer in | drawer-open
-easy | drawer-open | Open a drawer | pull the drawer out | slide the drawer open | drawer-close
-easy | faucet-open | Rotate the faucet counter-clockwise | turn the tap on | open the tap | faucet-close
-easy | faucet-close | Rotate the faucet clockwise | turn the tap off | close the tap | faucet-open
-medium | hammer | Hammer a screw on the wall | take the hammer and drive the screw in | hit the screw in the wall with the hammer | reach
-easy | handle-press-side | Press a handle down sideways | push the handle at the side down | press the side handle down | handle-pull-side
-easy | handle-press | Press a handle down | push the handle down | press down on the handle | handle-pull
-easy | handle-pull-side | Pull a handle up sideways | lift the handle at the side | pull the side handle up | handle-press-side
-easy | handle-pull | Pull a handle up | lift the handle | raise the handle | handle-press
-easy | lever-pull | Pull a lever down 90 degrees | move the lever by a quarter turn | pull the lever a quarter of the way round | reach
-medium | peg-insert-side | Insert a peg sideways | put the peg into the hole at the side | slide the peg into the side of the box | peg-unplug-side
-very_hard | pick-place-wall | Pick a puck, bypass a wall and place the puck | lift the puck over the wall to the goal | carry the puck past the wall to its place | push-wall
-hard | pick-out-of-hole | Pick up a puck from a hole | take the puck out of the hole | lift the puck from the hole | reach
-easy | reach | Reach a goal position | move the hand to the goal | go to the target with the hand | push
-hard | push-back | Push the puck to a goal | push the puck back to the goal | slide the puck back to its target | push
-hard | push | Push the puck to a goal | slide the puck to the goal | shove the puck to the target | pick-place
-hard | pick-place | Pick and place a puck to a goal | lift the puck to the goal | carry the puck up to the target | push
-easy | plate-slide | Slide a plate into a cabinet | push the plate into the cabinet | move the plate inside the cabinet | plate-slide-side
-easy | plate-slide-side | Slide a plate into a cabinet sideways | push the plate into the cabinet from the side | move the plate sideways into the cabinet | plate-slide
-easy | plate-slide-back | Get a plate from the cabinet | pull the plate out of the cabinet | take the plate out of the cabinet | plate-slide-back-side
-easy | plate-slide-back-side | Get a plate from the cabinet sideways | pull the plate out of the cabinet to the side | take the plate sideways out of the cabinet | plate-slide-back
-easy | peg-unplug-side | Unplug a peg sideways | pull the peg out of its hole | draw the peg out sideways | peg-insert-side
-medium | soccer | Kick a soccer into the goal | push the football into the goal | get the soccer ball into the net | reach
-very_hard | stick-push | Grasp a stick and push a box using the stick | push the box with the stick | take the stick and shove the box along with it | stick-pull
-very_hard | stick-pull | Grasp a stick and pull a box with the stick | pull the box with the stick | take the stick and draw the box back with it | stick-push
-medium | push-wall | Bypass a wall and push a puck to a goal | push the puck around the wall to the goal | slide the puck past the wall to the target | pick-place-wall
-easy | reach-wall | Bypass a wall and reach a goal | move the hand past the wall to the goal | go around the wall to the target | push-wall
-very_hard | shelf-place | Pick and place a puck onto a shelf | put the puck on the shelf | lift the puck up onto the shelf | reach
-medium | sweep-into | Sweep a puck into a hole | push the puck into the hole | sweep the puck down the hole | sweep
-medium | sweep | Sweep a puck off the table | push the puck off the table | sweep the puck over the edge | sweep-into
-easy | window-open | Push and open a window | slide the window open | open that window | window-close
-easy | window-close | Push and close a window | slide the window shut | shut that window | window-open
-"""
-ROWS = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()]
-TASKS = {row[1]: row for row in ROWS}
+# Of each task: group and official sentence of LeRobot's metaworld_config.json, our paraphrases, heard
+# in training or for `eval --paraphrase` alone, and the task whose sentence `eval --swap` says.
+TASKS = {}
+for line in Path(__file__).with_suffix(".tsv").read_text("utf-8").splitlines()[1:]:
+    task, what, value = line.split("\t")
+    TASKS.setdefault(task, {}).setdefault(what, []).append(value)
 MT10 = (
     "reach push pick-place door-open drawer-open drawer-close button-press-topdown "
     "peg-insert-side window-open window-close"
@@ -128,6 +79,7 @@ UNSEEN = "right_arm_base_link right_l0 right_l1 head".split()
 FILM = 128  # px, of --gif
 FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
+SIGNS = np.array([1, 1, 1, -1], np.float32)  # theirs shuts the gripper above 0
 NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
 STEPS = 500  # control steps, at most
 AFTER = 10  # steps that a demonstration goes on: success may be 7 cm from the goal
@@ -140,8 +92,8 @@ class Scene:
     """One of Meta-World's tasks, with the observations that picoVLA knows."""
 
     def __init__(self, task, size):
-        self.size, self.renderers = size, {}
-        self.env = env = ENVIRONMENTS[task + "-v3"]()
+        self.task, self.size, self.renderers = task + "-v3", size, {}
+        self.env = env = ENVIRONMENTS[self.task]()
         # Scenes follow from a seed, and the expert may see the goal: Meta-World's own way to ask for
         # that, metaworld.MT1, makes fifty scenes first.
         env.seeded_rand_vec, env._freeze_rand_vec, env._set_task_called = True, False, True
@@ -166,12 +118,17 @@ class Scene:
     def reset(self, seed):
         self.env.seed(seed)
         self.seen, _ = self.env.reset()
+        self.expert = EXPERTS[self.task]()
         mujoco.mj_forward(self.env.model, self.env.data)  # else the goal is drawn where it was
+
+    def ask_expert(self):
+        """The scripted policy's action, of step()'s kind."""
+        action = np.clip(self.expert.get_action(self.seen), -1, 1)
+        return (action * SIGNS).astype(np.float32)
 
     def step(self, action):
         """Action (4,) in [-1, 1], the last above 0 opens; returns whether the task is done."""
-        motion, gripper = action[:3], -action[3]
-        self.seen, _, _, _, info = self.env.step(np.append(motion, gripper).clip(-1, 1))
+        self.seen, _, _, _, info = self.env.step((action * SIGNS).clip(-1, 1))
         return bool(info["success"])
 
     def observe(self, look=True):
@@ -209,28 +166,19 @@ class Scene:
         return attrs
 
 
-class Expert:
-    """The scripted policy of a task, with the actions of picoVLA's: above 0 opens the gripper."""
-
-    def __init__(self, scene, task):
-        self.scene, self.policy = scene, EXPERTS[task + "-v3"]()
-
-    def predict(self):
-        action = np.clip(self.policy.get_action(self.scene.seen), -1, 1)
-        return (action * [1, 1, 1, -1]).astype(np.float32)
-
-
 # ----------------------------------------------------------------------------------- recording
 def demonstrate(scene, task, seed, look=True):
     """An episode of the expert, with noise on what is done and none on what is recorded: attrs and
     arrays of write_episode, without pictures unless it is to `look`, or False if it failed."""
     disturbance = Disturbance(np.random.default_rng([seed, 1]), NOISE)
     scene.reset(seed)
-    expert, frames, done, more = Expert(scene, task), [], False, AFTER
-    attrs = dict(instruction=TASKS[task][2], task=task, scene_seed=seed, interrupted=False)
+    frames, done, more = [], False, AFTER
+    attrs = dict(
+        instruction=TASKS[task]["official"][0], task=task, scene_seed=seed, interrupted=False
+    )
     attrs |= scene.calibration()
     while more > 0 and len(frames) < STEPS:
-        action = expert.predict()
+        action = scene.ask_expert()
         frames.append(scene.observe(look) | dict(actions=action))
         done |= scene.step(disturbance.disturb(action))
         more -= done * (0.25 if abs(action[:3]).max() < CREEP else 1)
@@ -262,18 +210,18 @@ def record(args):
     firsts = range(0, args.demos, JOB)
     jobs = [(folder, task, first, args) for task in args.tasks for first in firsts]
     requests = [dict(task=task, intent=task, slots={}) for task in args.tasks]
-    part, total = args.out.with_suffix(".tmp"), 0
+    part = args.out.with_suffix(".tmp")
     with pool_of(args) as pool, h5py.File(part, "w") as file:
         paths = pool.map(record_job, *zip(*jobs))
         for path in tqdm(paths, "demonstrations, tens", len(jobs), disable=None):
             with h5py.File(path) as finished:
-                for name in finished:
-                    finished.copy(name, file, f"episode_{total}")
-                    attrs = file[f"episode_{total}"].attrs
-                    attrs["request"] = args.tasks.index(attrs["task"])
-                    total += 1
+                for episode in finished.values():
+                    name = f"episode_{len(file)}"
+                    file.copy(episode, name)
+                    file[name].attrs["request"] = args.tasks.index(episode.attrs["task"])
+        total = len(file)
         for task in args.tasks:
-            file[f"wordings/{task}"] = TASKS[task][2:4]
+            file[f"wordings/{task}"] = TASKS[task]["official"] + TASKS[task]["heard"]
         file.attrs.update(
             total=total,
             tasks=",".join(args.tasks),
@@ -294,11 +242,12 @@ def score_task(task, args):
     scene = Scene(task, policy.config.image_size if policy else FILM)
     # Between plans no picture is looked at, so none is drawn.
     lazy = policy and policy.config.frames == 1 and not policy.config.ensemble
-    said = TASKS[TASKS[task][5]] if args.swap else TASKS[task]
-    sentence, done, film = said[4 if args.paraphrase else 2], [], []
+    said = TASKS[TASKS[task]["swap"][0] if args.swap else task]
+    sentences = said["unheard" if args.paraphrase else "official"]
+    done, film = 0, []
     for seed in range(args.seed, args.seed + args.episodes):
         scene.reset(seed)
-        expert = Expert(scene, task)
+        sentence = sentences[seed % len(sentences)]
         if policy:
             policy.reset()
         for _ in range(STEPS):
@@ -306,14 +255,14 @@ def score_task(task, args):
                 planned = lazy and policy.memory and policy.memory[0].chunks
                 action = policy.predict(scene.observe(look=not planned), sentence)
             else:
-                action = expert.predict()
+                action = scene.ask_expert()
             if args.gif and seed == args.seed:
                 film.append(scene.picture("corner2", FILM))
             success = scene.step(action)
             if success:
                 break
-        done.append(success)
-    return sum(done), film
+        done += success
+    return done, film
 
 
 def save_gif(films, path):
@@ -337,9 +286,10 @@ def score(args):
         for task, (k, film) in zip(
             args.tasks, tqdm(results, total=len(args.tasks), disable=None)
         ):
-            groups[TASKS[task][0]].append(k)
+            (group,) = TASKS[task]["group"]
+            groups[group].append(k)
             films.append(film)
-            print(f"{TASKS[task][0]:10} {task:26} {k:3} of {n}", flush=True)
+            print(f"{group:10} {task:26} {k:3} of {n}", flush=True)
     for group, counts in groups.items():
         if counts:
             print(f"{group:10} {len(counts):2} tasks: {percent(sum(counts), n * len(counts))}")
