@@ -2,7 +2,7 @@ r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a traine
 
     python examples/metaworld.py record --tasks mt50 --demos 50 --size 80 --out data/mt50.h5
     python train.py --data data/mt50.h5 --out_dir out_mt50 --steps 40000 --batch_size 96 \
-        --keep_patches 96 --shift 5 --execute 2 --head_width 480 --buckets 1024
+        --keep_patches 96 --shift 5 --execute 2 --head_width 480 --buckets 1024 --seed 2
     python examples/metaworld.py eval --ckpt out_mt50/ckpt.pt --tasks mt50 --episodes 20
 
 This made assets/metaworld.pt, which `eval` scores by default. Run it from the project's root, in a
