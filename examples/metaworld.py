@@ -122,7 +122,7 @@ class Scene:
         mujoco.mj_forward(self.env.model, self.env.data)  # else the goal is drawn where it was
 
     def ask_expert(self):
-        """The scripted policy's action, of step()'s kind."""
+        """The scripted policy's action, as step() takes it."""
         action = np.clip(self.expert.get_action(self.seen), -1, 1)
         return (action * SIGNS).astype(np.float32)
 
