@@ -385,7 +385,12 @@ FORCE_XML = '<contact body1="block{i}" data="force" num="32"/>'
 
 
 def build_model(n_blocks):
-    """The MjModel of a table with so many blocks."""
+    """The MjModel of a table with so many blocks. Raises ValueError for an older MuJoCo."""
+    if int(mujoco.__version__.split(".")[0]) < 4:
+        raise ValueError(
+            f"this world needs MuJoCo 4, and this is {mujoco.__version__}; pip install -r "
+            "requirements.txt, in an environment without Meta-World"
+        )
 
     def each(xml, n):
         return "".join(xml.format(i=i) for i in range(n))
@@ -2366,6 +2371,7 @@ def generate(out, episodes, seed, shard, world, noise, normal_share, workers):
     """Writes `episodes` demonstrations to `out`, of scenes of the part `shard` (i, n) of the seed's.
     Finished batches wait in `out`.part, so that a killed run loses seconds; the content depends on
     neither kills nor workers."""
+    build_model(1)  # where that fails, it is said once, not by every worker
     folder = out.with_name(out.name + ".part")
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "settings.json"

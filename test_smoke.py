@@ -32,6 +32,7 @@ import pytest
 import torch
 from PIL import Image
 
+import gen_data
 from gen_data import (CAMERAS, COLORS, DEMO_SEED, FACTORS, FORCE_LIMIT, HELD_OUT, PRIVILEGED,
                       GRAMMAR, NAMES, PROPRIO, SPLITS, TASKS, TEST_SEED, Disturbance, Env, all_requests,
                       blunder, expert, is_held_out, make_wording, parse_instruction, write_episode)
@@ -817,6 +818,13 @@ pathlib.Path.read_text, h5py.Dataset.__getitem__ = little, small
 sys.argv = "train.py --data demos.h5 --out_dir new".split()
 import train""", place, status=2)
     assert re.search("^train.py: demos.h5 needs .* GB of memory", said, re.M), said
+
+
+def test_recording_with_an_older_mujoco_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("mujoco.__version__", "3.3.0")
+    with pytest.raises(ValueError, match="needs MuJoCo 4, and this is 3.3.0"):
+        gen_data.generate(tmp_path / "new.h5", 1, 0, (1, 1), {}, 0.0, 1.0, 1)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
