@@ -82,8 +82,10 @@ SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 SIGNS = np.array([1, 1, 1, -1], np.float32)  # theirs shuts the gripper above 0
 NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
 STEPS = 500  # control steps, at most
-AFTER = 10  # steps that a demonstration goes on: success may be 7 cm from the goal
-CREEP = 0.25  # of full speed: slower steps count as a quarter, as some experts creep to the end
+# Success may be 9 cm from the goal, and the end of a demonstration is what hindsight takes for it: so
+# it goes on for this many steps of full speed, or more of slower ones, which count for their speed.
+AFTER = 10
+CREEP = 0.15  # of full speed, for which slower steps count, too
 JOB = 10  # demonstrations in a file of an unfinished recording
 REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
 
@@ -181,7 +183,7 @@ def demonstrate(scene, task, seed, look=True):
         action = scene.ask_expert()
         frames.append(scene.observe(look) | dict(actions=action))
         done |= scene.step(disturbance.disturb(action))
-        more -= done * (0.25 if abs(action[:3]).max() < CREEP else 1)
+        more -= done * max(abs(action[:3]).max(), CREEP)
     arrays = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
     return done and (attrs, arrays)
 
