@@ -82,10 +82,10 @@ SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 SIGNS = np.array([1, 1, 1, -1], np.float32)  # theirs shuts the gripper above 0
 NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
 STEPS = 500  # control steps, at most
-# Success may be 9 cm from the goal, and the end of a demonstration is what hindsight takes for it: so
-# it goes on for this many steps of full speed, or more of slower ones, which count for their speed.
+# Hindsight takes the end of a demonstration for the goal, but success may be 9 cm away from it. So
+# the demonstration goes on for this many steps at full speed; slower steps count for less.
 AFTER = 10
-CREEP = 0.15  # of full speed, for which slower steps count, too
+CREEP = 0.15  # of full speed: what a step counts for at least
 JOB = 10  # demonstrations in a file of an unfinished recording
 REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
 
