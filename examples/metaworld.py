@@ -28,6 +28,7 @@ import signal
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +70,6 @@ MT10 = (
     "reach push pick-place door-open drawer-open drawer-close button-press-topdown "
     "peg-insert-side window-open window-close"
 ).split()
-GROUPS = ("easy", "medium", "hard", "very_hard")
 
 CAMERAS = ("corner2", "gripperPOV")
 CORNER2 = (0.75, 0.075, 0.7)  # m, where LeRobot puts it
@@ -81,12 +81,13 @@ FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 SIGNS = np.array([1, 1, 1, -1], np.float32)  # theirs shuts the gripper above 0
 NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
+MISTAKEN = 0.4  # share of demonstrations that begin where an expert that is wrong has led
+MISTAKE = 0.06  # m, standard deviation of each number that it is wrong about
 STEPS = 500  # control steps, at most
 # Hindsight takes the end of a demonstration for the goal, but success may be 9 cm away from it. So
 # the demonstration goes on for this many steps at full speed; slower steps count for less.
 AFTER = 10
 CREEP = 0.15  # of full speed: what a step counts for at least
-JOB = 10  # demonstrations in a file of an unfinished recording
 REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
 
 
@@ -113,8 +114,8 @@ class Scene:
             renderer = mujoco.Renderer(self.env.model, size, size)
         except mujoco.FatalError as error:
             raise ValueError(f"MuJoCo finds no OpenGL to draw with: {error}") from None
-        for flag in ("SHADOW", "REFLECTION"):
-            renderer.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
+        for flag in mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION:
+            renderer.scene.flags[flag] = False
         return renderer
 
     def reset(self, seed):
@@ -123,10 +124,12 @@ class Scene:
         self.expert = EXPERTS[self.task]()
         mujoco.mj_forward(self.env.model, self.env.data)  # else the goal is drawn where it was
 
-    def ask_expert(self):
-        """The scripted policy's action, as step() takes it."""
-        action = np.clip(self.expert.get_action(self.seen), -1, 1)
-        return (action * SIGNS).astype(np.float32)
+    def ask_expert(self, mistake=0):
+        """The scripted policy's action, as step() takes it. A mistake (35,) is added to what it is told
+        of all but the hand."""
+        seen = self.seen.copy()
+        seen[4:] += mistake
+        return np.clip(self.expert.get_action(seen), -1, 1) * SIGNS
 
     def step(self, action):
         """Action (4,) in [-1, 1], the last above 0 opens; returns whether the task is done."""
@@ -172,13 +175,22 @@ class Scene:
 def demonstrate(scene, task, seed, look=True):
     """An episode of the expert, with noise on what is done and none on what is recorded: attrs and
     arrays of write_episode, without pictures unless it is to `look`, or False if it failed."""
-    disturbance = Disturbance(np.random.default_rng([seed, 1]), NOISE)
+    rng = np.random.default_rng([seed, 1])
+    disturbance = Disturbance(rng, NOISE)
     scene.reset(seed)
+    if rng.random() < MISTAKEN:
+        # Not recorded, but how the expert mends it is: fingers beside the thing, a hand that has lost
+        # it and gone on. A policy's mistakes, as in gen_data.py's blunder.
+        mistake, push = rng.normal(0, MISTAKE, 35), rng.normal(size=4)
+        for _ in range(rng.integers(20, 80)):
+            scene.step(disturbance.disturb(scene.ask_expert(mistake)))
+        for _ in range(rng.integers(-50, 50)):
+            scene.step(push)
+        scene.env.curr_path_length = 0  # steps; beyond 500 it raises an error
     frames, done, more = [], False, AFTER
-    attrs = dict(
+    attrs = scene.calibration() | dict(
         instruction=TASKS[task]["official"][0], task=task, scene_seed=seed, interrupted=False
     )
-    attrs |= scene.calibration()
     while more > 0 and len(frames) < STEPS:
         action = scene.ask_expert()
         frames.append(scene.observe(look) | dict(actions=action))
@@ -188,14 +200,14 @@ def demonstrate(scene, task, seed, look=True):
     return done and (attrs, arrays)
 
 
-def record_job(folder, task, first, args):
-    """Writes demonstrations of a task, from this one on, to a file of their own, unless it is there."""
-    path = folder / f"{task}_{first}_{args.size}.h5"
+def record_task(folder, task, args):
+    """Writes a task's demonstrations to a file of their own, unless it is there; returns its path."""
+    path = folder / f"{task}_{args.demos}_{args.size}.h5"
     if not path.exists():
         scene, part = Scene(task, args.size), path.with_suffix(".tmp")
         with h5py.File(part, "w") as file:
-            for seed in range(2 * first, 2 * (first + JOB)):  # some experts fail now and then
-                if len(file) == min(JOB, args.demos - first):
+            for seed in range(2 * args.demos):  # some experts fail now and then
+                if len(file) == args.demos:
                     break
                 # Drawing takes most of the time, and failures are long: first without.
                 if demonstrate(scene, task, seed, look=False):
@@ -209,13 +221,11 @@ def record(args):
         raise ValueError(f"{args.out} exists; delete it or choose another --out")
     folder = args.out.with_name(args.out.name + ".part")
     folder.mkdir(parents=True, exist_ok=True)
-    firsts = range(0, args.demos, JOB)
-    jobs = [(folder, task, first, args) for task in args.tasks for first in firsts]
     requests = [dict(task=task, intent=task, slots={}) for task in args.tasks]
     part = args.out.with_suffix(".tmp")
     with pool_of(args) as pool, h5py.File(part, "w") as file:
-        paths = pool.map(record_job, *zip(*jobs))
-        for path in tqdm(paths, "demonstrations, tens", len(jobs), disable=None):
+        paths = pool.map(record_task, repeat(folder), args.tasks, repeat(args))
+        for path in tqdm(paths, "tasks", len(args.tasks), disable=None):
             with h5py.File(path) as finished:
                 for episode in finished.values():
                     name = f"episode_{len(file)}"
@@ -238,7 +248,7 @@ def record(args):
 
 # ------------------------------------------------------------------------------------- scoring
 def score_task(task, args):
-    """Plays `args.episodes` scenes of a task; returns how many succeeded, and pictures of the first."""
+    """Plays `args.episodes` scenes of a task; returns it, successes and pictures of the first."""
     torch.set_num_threads(1)
     policy = None if args.expert else Policy.load(args.ckpt)
     scene = Scene(task, policy.config.image_size if policy else FILM)
@@ -260,11 +270,10 @@ def score_task(task, args):
                 action = scene.ask_expert()
             if args.gif and seed == args.seed:
                 film.append(scene.picture("corner2", FILM))
-            success = scene.step(action)
-            if success:
+            if scene.step(action):
+                done += 1
                 break
-        done += success
-    return done, film
+    return task, done, film
 
 
 def save_gif(films, path):
@@ -276,27 +285,24 @@ def save_gif(films, path):
         now += [np.zeros_like(now[0])] * (across**2 - len(now))
         rows = [np.concatenate(now[i : i + across], 1) for i in range(0, len(now), across)]
         pictures.append(Image.fromarray(np.concatenate(rows)))
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=50, loop=0)
+    pictures[0].save(
+        path, "GIF", save_all=True, append_images=pictures[1:], duration=50, loop=0
+    )
 
 
 def score(args):
-    if args.gif and args.gif.suffix != ".gif":
-        raise ValueError(f"--gif {args.gif}: its name must end in .gif")
-    groups, n, films = {group: [] for group in GROUPS}, args.episodes, []
+    groups, n, films = {}, args.episodes, []
     with pool_of(args) as pool:
-        results = pool.map(score_task, args.tasks, [args] * len(args.tasks))
-        for task, (k, film) in zip(
-            args.tasks, tqdm(results, total=len(args.tasks), disable=None)
-        ):
+        results = pool.map(score_task, args.tasks, repeat(args))
+        for task, k, film in tqdm(results, total=len(args.tasks), disable=None):
             (group,) = TASKS[task]["group"]
-            groups[group].append(k)
+            groups.setdefault(group, []).append(k)
             films.append(film)
             print(f"{group:10} {task:26} {k:3} of {n}", flush=True)
     for group, counts in groups.items():
-        if counts:
-            print(f"{group:10} {len(counts):2} tasks: {percent(sum(counts), n * len(counts))}")
+        print(f"{group:10} {len(counts):2} tasks: {percent(sum(counts), n * len(counts))}")
     every = sum(groups.values(), [])
-    means = [np.mean(counts) / n for counts in groups.values() if counts]
+    means = [np.mean(counts) / n for counts in groups.values()]
     print(f"all: {percent(sum(every), n * len(every))}; macro {100 * np.mean(means):.1f}%")
     if args.gif:
         save_gif(films, args.gif)
@@ -306,8 +312,9 @@ def score(args):
 def pool_of(args):
     """Processes that Ctrl-C ends without a word."""
     spawn = multiprocessing.get_context("spawn")
-    quiet = signal.SIGINT, signal.SIG_DFL
-    return ProcessPoolExecutor(args.workers, spawn, signal.signal, quiet)
+    return ProcessPoolExecutor(
+        args.workers, spawn, signal.signal, (signal.SIGINT, signal.SIG_DFL)
+    )
 
 
 def task_names(text):
@@ -334,12 +341,7 @@ def main():
             add("--demos", type=number(int, 1, 10_000), default=50, help="of each task")
             add("--size", type=number(int, 16, 256), default=96, help="px of pictures")
         else:
-            add(
-                "--ckpt",
-                type=Path,
-                default=ROOT / "assets/metaworld.pt",
-                help="checkpoint (default assets/metaworld.pt)",
-            )
+            add("--ckpt", type=Path, default=ROOT / "assets/metaworld.pt")
             add("--expert", action="store_true", help="score the scripted experts instead")
             add("--episodes", type=number(int, 1, 1000), default=10, help="of each task")
             add("--seed", type=number(int, 0, 2**31), default=REPORT, help="of the first scene")
@@ -347,13 +349,12 @@ def main():
             add("--swap", action="store_true", help="say another task's sentence")
             add("--gif", type=Path, help="film of the first episodes")
     args = parser.parse_args()
-    if not INSTALLED:
+    if not INSTALLED or mujoco.__version__[:2] != "3.":
         raise ValueError(
-            "Meta-World is not installed; make a virtual environment for it: python -m venv mw, and "
-            "there pip install -r examples/requirements-metaworld.txt"
+            "Meta-World, with the MuJoCo 3.3.0 that it needs, is not installed; make a virtual "
+            "environment for it: python -m venv mw, and there pip install -r "
+            "examples/requirements-metaworld.txt"
         )
-    if mujoco.__version__[:2] != "3.":
-        raise ValueError(f"Meta-World needs MuJoCo 3.3.0, and this is {mujoco.__version__}")
     dict(record=record, eval=score)[args.command](args)
 
 
