@@ -140,7 +140,9 @@ class Scene:
         """What the robot feels and, if it is to `look`, its pictures."""
         felt = dict(
             ee_pos=(self.seen[:3] + FINGERTIPS).astype(np.float32),  # m
-            ee_quat=self.env.data.body("hand").xquat.astype(np.float32),
+            ee_quat=np.array(
+                [1, 0, 0, 0], np.float32
+            ),  # gripperPOV does not turn with the hand
             gripper=np.array([self.seen[3] - SHUT], np.float32),  # of 1
         )
         return felt | {f"{name}_image": self.picture(name) for name in CAMERAS if look}
@@ -156,16 +158,14 @@ class Scene:
     def calibration(self):
         """What gen_data.write_episode wants to know of the cameras."""
         data, attrs = self.env.data, {}
-        hand = data.body("hand")
-        turn = hand.xmat.reshape(3, 3).T
-        for name, mount in zip(CAMERAS, ("world", "hand")):
+        fingertips = data.body("hand").xpos + FINGERTIPS
+        for name, mount, origin, signs in (
+            ("corner2", "world", 0, [-1, 1, -1]),  # z ahead, and upside down
+            ("gripperPOV", "hand", fingertips, [1, -1, -1]),
+        ):
             camera, pose = data.camera(name), np.eye(4)
-            axes, position = camera.xmat.reshape(3, 3) * [1, -1, -1], camera.xpos  # z ahead
-            if mount == "world":
-                axes *= [-1, -1, 1]  # upside down
-            else:
-                axes, position = turn @ axes, turn @ (position - hand.xpos - FINGERTIPS)
-            pose[:3, :3], pose[:3, 3] = axes, position
+            pose[:3, :3] = camera.xmat.reshape(3, 3) * signs
+            pose[:3, 3] = camera.xpos - origin
             attrs |= {f"{name}_mount": mount, f"{name}_pose": pose}
             attrs[f"{name}_fovy"] = self.env.model.camera(name).fovy[0]
         return attrs
