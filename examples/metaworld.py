@@ -8,7 +8,7 @@ r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a traine
 assets/metaworld.pt, which `eval` scores by default, was made so, though from demonstrations that
 ended sooner. Run it from the project's root, in a virtual environment of its own with what is in
 examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Rendering needs OpenGL;
-on Linux without a display EGL is used, or what MUJOCO_GL says.
+on Linux it uses EGL, unless MUJOCO_GL says otherwise.
 
 The protocol is LeRobot's (src/lerobot/envs/metaworld.py): camera corner2, moved and turned upside
 down, of which we draw the middle, where the hands stay; the first four numbers of the
@@ -80,11 +80,12 @@ FILM = 128  # px, of --gif
 FINGERTIPS = np.array([0, 0, -0.045])  # m from the body that is called hand
 SHUT = 0.28  # of the observed opening, of 1, when the fingers touch
 SIGNS = np.array([1, 1, 1, -1], np.float32)  # theirs shuts the gripper above 0
-NOISE = 0.3  # as gen_data.py's --noise; these experts take long to recover
-MISTAKEN = 0.4  # share of demonstrations that begin where an expert that is wrong has led
+NOISE = 0.3  # on the scale of gen_data.py's --noise; these experts take long to recover
+MISTAKEN = 0.4  # share of attempts that begin where an expert that is wrong has led
 MISTAKE = 0.06  # m, standard deviation of each number that it is wrong about
 STEPS = 500  # control steps, at most
-# Hindsight takes the end of a demonstration for the goal, but success may be 9 cm away from it. So
+CORES = min(os.cpu_count(), 61)  # as many processes as Windows allows
+# Hindsight takes the end of a demonstration for the goal, but success may come 9 cm before that. So
 # the demonstration goes on for this many steps at full speed; slower steps count for less.
 AFTER = 10
 CREEP = 0.15  # of full speed: what a step counts for at least
@@ -125,8 +126,8 @@ class Scene:
         mujoco.mj_forward(self.env.model, self.env.data)  # else the goal is drawn where it was
 
     def ask_expert(self, mistake=0):
-        """The scripted policy's action, as step() takes it. A mistake (35,) is added to what it is told
-        of all but the hand."""
+        """The scripted policy's action, as step() takes it. A mistake (35,) is added to all that it
+        is told but the hand's four numbers."""
         seen = self.seen.copy()
         seen[4:] += mistake
         return np.clip(self.expert.get_action(seen), -1, 1) * SIGNS
@@ -179,8 +180,8 @@ def demonstrate(scene, task, seed, look=True):
     disturbance = Disturbance(rng, NOISE)
     scene.reset(seed)
     if rng.random() < MISTAKEN:
-        # Not recorded, but how the expert mends it is: fingers beside the thing, a hand that has lost
-        # it and gone on. A policy's mistakes, as in gen_data.py's blunder.
+        # Not recorded; only the recovery is, from fingers beside the thing or, after a push, which
+        # half of them get, from far off: a policy's mistakes, as in gen_data.py's blunder.
         mistake, push = rng.normal(0, MISTAKE, 35), rng.normal(size=4)
         for _ in range(rng.integers(20, 80)):
             scene.step(disturbance.disturb(scene.ask_expert(mistake)))
@@ -206,7 +207,7 @@ def record_task(folder, task, args):
     if not path.exists():
         scene, part = Scene(task, args.size), path.with_suffix(".tmp")
         with h5py.File(part, "w") as file:
-            for seed in range(2 * args.demos):  # some experts fail now and then
+            for seed in range(2 * args.demos):  # experts may fail, after mistakes above all
                 if len(file) == args.demos:
                     break
                 # Drawing takes most of the time, and failures are long: first without.
@@ -248,7 +249,8 @@ def record(args):
 
 # ------------------------------------------------------------------------------------- scoring
 def score_task(task, args):
-    """Plays `args.episodes` scenes of a task; returns it, successes and pictures of the first."""
+    """Plays `args.episodes` scenes of a task; returns the task, its successes and pictures of
+    the first."""
     torch.set_num_threads(1)
     policy = None if args.expert else Policy.load(args.ckpt)
     scene = Scene(task, policy.config.image_size if policy else FILM)
@@ -322,9 +324,9 @@ def task_names(text):
     for name in names:
         if name not in TASKS:
             raise argparse.ArgumentTypeError(
-                f"{name!r} is not mt10, mt50 or of {', '.join(TASKS)}"
+                f"{name!r} is not mt10, mt50 or one of {', '.join(TASKS)}"
             )
-    return names
+    return list(dict.fromkeys(names))
 
 
 def main():
@@ -334,8 +336,8 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("record", "eval"):
         add = commands.add_parser(name).add_argument
-        add("--tasks", type=task_names, default="mt10", help="mt10, mt50 or a comma list")
-        add("--workers", type=number(int, 1, 61), default=os.cpu_count(), help="processes")
+        add("--tasks", type=task_names, default="mt10", help="mt10, mt50 or names with commas")
+        add("--workers", type=number(int, 1, 61), default=CORES, help="processes")
         if name == "record":
             add("--out", type=Path, default="data/mt10.h5")
             add("--demos", type=number(int, 1, 10_000), default=50, help="of each task")
