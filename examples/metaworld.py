@@ -6,9 +6,10 @@ r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a traine
     python examples/metaworld.py eval --ckpt out_mt50/ckpt.pt --tasks mt50 --episodes 20
 
 assets/metaworld.pt, which `eval` scores by default, was made so, though from demonstrations that
-ended sooner. Run it from the project's root, in a virtual environment of its own with what is in
-examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Rendering needs OpenGL;
-on Linux it uses EGL, unless MUJOCO_GL says otherwise.
+ended sooner and never began after a mistake, which have so far done more for fifty tasks (see
+docs/RESULTS.md). Run this script from the project's root, in a virtual environment of its own with
+what is in examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Rendering
+needs OpenGL; on Linux it uses EGL, unless MUJOCO_GL says otherwise.
 
 The protocol is LeRobot's (src/lerobot/envs/metaworld.py): camera corner2, moved and turned upside
 down, of which we draw the middle, where the hands stay; the first four numbers of the
