@@ -6,10 +6,10 @@ r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a traine
     python examples/metaworld.py eval --ckpt out_mt50/ckpt.pt --tasks mt50 --episodes 20
 
 assets/metaworld.pt, which `eval` scores by default, was made so, though from demonstrations that
-ended sooner and never began after a mistake, which have so far done more for fifty tasks (see
-docs/RESULTS.md). Run this script from the project's root, in a virtual environment of its own with
-what is in examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo. Rendering
-needs OpenGL; on Linux it uses EGL, unless MUJOCO_GL says otherwise.
+ended sooner and never began after a mistake; of fifty tasks, those of now have not yet taught as
+much (see docs/RESULTS.md). Run this script from the project's root, in a virtual environment of its
+own with what is in examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo.
+Rendering needs OpenGL; on Linux it uses EGL, unless MUJOCO_GL says otherwise.
 
 The protocol is LeRobot's (src/lerobot/envs/metaworld.py): camera corner2, moved and turned upside
 down, of which we draw the middle, where the hands stay; the first four numbers of the
@@ -85,11 +85,11 @@ NOISE = 0.3  # on the scale of gen_data.py's --noise; these experts take long to
 MISTAKEN = 0.4  # share of attempts that begin where an expert that is wrong has led
 MISTAKE = 0.06  # m, standard deviation of each number that it is wrong about
 STEPS = 500  # control steps, at most
-CORES = min(os.cpu_count(), 61)  # as many processes as Windows allows
 # Hindsight takes the end of a demonstration for the goal, but success may come 9 cm before that. So
 # the demonstration goes on for this many steps at full speed; slower steps count for less.
 AFTER = 10
 CREEP = 0.15  # of full speed: what a step counts for at least
+CORES = min(os.cpu_count(), 61)  # as many processes as Windows allows
 REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
 
 
@@ -142,9 +142,8 @@ class Scene:
         """What the robot feels and, if it is to `look`, its pictures."""
         felt = dict(
             ee_pos=(self.seen[:3] + FINGERTIPS).astype(np.float32),  # m
-            ee_quat=np.array(
-                [1, 0, 0, 0], np.float32
-            ),  # gripperPOV does not turn with the hand
+            # Of the hand's camera, that is, which moves along but does not turn (mode "track").
+            ee_quat=np.array([1, 0, 0, 0], np.float32),
             gripper=np.array([self.seen[3] - SHUT], np.float32),  # of 1
         )
         return felt | {f"{name}_image": self.picture(name) for name in CAMERAS if look}
@@ -176,7 +175,8 @@ class Scene:
 # ----------------------------------------------------------------------------------- recording
 def demonstrate(scene, task, seed, look=True):
     """An episode of the expert, with noise on what is done and none on what is recorded: attrs and
-    arrays of write_episode, without pictures unless it is to `look`, or False if it failed."""
+    arrays of write_episode, without pictures unless it is to `look`, or False if it failed. Some
+    begin where a mistaken expert has led."""
     rng = np.random.default_rng([seed, 1])
     disturbance = Disturbance(rng, NOISE)
     scene.reset(seed)
@@ -344,13 +344,14 @@ def main():
             add("--demos", type=number(int, 1, 10_000), default=50, help="of each task")
             add("--size", type=number(int, 16, 256), default=96, help="px of pictures")
         else:
-            add("--ckpt", type=Path, default=ROOT / "assets/metaworld.pt")
+            shipped = ROOT / "assets/metaworld.pt"
+            add("--ckpt", type=Path, default=shipped, help="default assets/metaworld.pt")
             add("--expert", action="store_true", help="score the scripted experts instead")
             add("--episodes", type=number(int, 1, 1000), default=10, help="of each task")
             add("--seed", type=number(int, 0, 2**31), default=REPORT, help="of the first scene")
             add("--paraphrase", action="store_true", help="say what was not trained on")
             add("--swap", action="store_true", help="say another task's sentence")
-            add("--gif", type=Path, help="film of the first episodes")
+            add("--gif", type=Path, help="GIF to make of the first episodes")
     args = parser.parse_args()
     if not INSTALLED or mujoco.__version__[:2] != "3.":
         raise ValueError(
