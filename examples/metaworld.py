@@ -5,11 +5,10 @@ r"""Meta-World's MT50 with picoVLA: scripted experts to demonstrations, a traine
         --keep_patches 96 --shift 5 --execute 2 --head_width 480 --buckets 1024 --seed 2
     python examples/metaworld.py eval --ckpt out_mt50/ckpt.pt --tasks mt50 --episodes 20
 
-assets/metaworld.pt, which `eval` scores by default, was made so, though from demonstrations that
-ended sooner and never began after a mistake; of fifty tasks, those of now have not yet taught as
-much (see docs/RESULTS.md). Run this script from the project's root, in a virtual environment of its
-own with what is in examples/requirements-metaworld.txt, since Meta-World needs an older MuJoCo.
-Rendering needs OpenGL; on Linux it uses EGL, unless MUJOCO_GL says otherwise.
+assets/metaworld.pt, which `eval` scores by default, was made so. Run this script from the project's
+root, in a virtual environment of its own with what is in examples/requirements-metaworld.txt, since
+Meta-World needs an older MuJoCo. Rendering needs OpenGL; on Linux it uses EGL, unless MUJOCO_GL says
+otherwise.
 
 The protocol is LeRobot's (src/lerobot/envs/metaworld.py): camera corner2, moved and turned upside
 down, of which we draw the middle, where the hands stay; the first four numbers of the
