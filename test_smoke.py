@@ -1186,6 +1186,7 @@ train.py --data wild.h5 --out_dir new => actions of episode_3
 train.py --data short.h5 --out_dir new => short.h5
 train.py --data float.h5 --out_dir new => front_image
 train.py --resume new => new
+train.py --resume out --out_dir new => not allowed
 train.py --resume torn => torn
 train.py --resume many --data demos.h5 => steps
 train.py --resume none --data demos.h5 => layers

@@ -208,11 +208,10 @@ parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 add_flags(parser, Settings)
-parser.add_argument(
-    "--out_dir", type=Path, default="out", help="where results go (default out)"
-)
+place = parser.add_mutually_exclusive_group()
+place.add_argument("--out_dir", type=Path, default="out", help="where results go (default out)")
 parser.add_argument("--overwrite", action="store_true", help="replace what is in --out_dir")
-parser.add_argument(
+place.add_argument(
     "--resume",
     type=Path,
     metavar="DIR",
