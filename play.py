@@ -284,6 +284,8 @@ class Scene:
                 "--attention and --pipeline show a policy's pointers from words to "
                 "pictures, and --expert or this checkpoint has none; choose another"
             )
+        if not config.cameras:
+            raise ValueError(f"{args.ckpt} sees no pictures to show; score it with eval.py")
         tasks = task_list(args.tasks) if args.tasks else config.tasks
         self.env = Env(tasks, config.cameras, randomize=randomize[0])
         self.camera = Room(self.env.model, size)

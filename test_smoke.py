@@ -1165,6 +1165,7 @@ train.py NEW --head tokens --bins 1 => --bins
 train.py NEW --text char --shuffle_names 1 => --text
 train.py NEW --model bc --head flow => --head
 train.py NEW --model bc --relabel 1 => --relabel
+train.py NEW --model bc --labels simulator => --labels
 train.py NEW --optimizer adamw --lr 1e-3 => --optimizer
 train.py NEW --width 100 --heads 3 => --width 100
 train.py NEW --patch 7 => --patch 7

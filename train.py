@@ -241,6 +241,7 @@ settings.max_text = 40 if settings.text == "word" else 200
 settings.check(said)
 if settings.model == "bc":
     inside = vars(Config()).keys() - {"model", "tasks", "chunk", "state", "head_width"}
+    inside |= {"labels"}
     if strange := inside & said.keys():
         raise ValueError(f"--{min(strange)} is about the vla; --model bc has only a state")
 if not settings.data:
@@ -821,7 +822,7 @@ def compute_losses(net, batch, model):
     goal = (error * batch.known).sum() / batch.known.sum().clamp_min(1)
     terms = dict(action=action, goal=goal)
     M = attention.shape[1]
-    if M and model.config.vision != "cnn":  # maps of thing and place in turn
+    if M > 1 and model.config.vision != "cnn":  # maps of thing and place in turn
         patch = batch.patch.flatten(2).repeat(1, M // 2, 1)  # (R, M, 4 V')
         found = attention.float().gather(2, patch)
         weight = batch.patch_weight.flatten(2).repeat(1, M // 2, 1) * (found > DROPPED)
