@@ -1,43 +1,35 @@
-"""Closed-loop evaluation: how often a policy does what the instruction says, in scenes it has never
+"""Closed-loop evaluation: how often a policy does what the sentence says, in scenes it has never
 seen. Times are for 2 CPU cores.
 
-    python eval.py                                              # 100 episodes of out/ckpt.pt, 30 s
-    python eval.py --policies expert,random,policy --controls   # beside ceiling and floor, 6 min
-    python eval.py --episodes 500 --out results.json            # the figure to report, 3 min
-    python eval.py --split phrasing                             # in held-out templates and words
-    python eval.py --instructions assets/paraphrases.tsv        # in other people's, or yours
+    python eval.py                                             # 100 episodes of out/ckpt.pt, 30 s
+    python eval.py --policies expert,random,policy --controls  # beside ceiling and floor, 6 min
+    python eval.py --episodes 500 --out results.json           # the figure to report, 2 min
+    python eval.py --split phrasing                            # in held-out templates and words
+    python eval.py --instructions assets/paraphrases.tsv       # in other people's, or yours
 
---controls plays the same scenes again with something wrong:
+--controls plays the same scenes again with something changed:
 
     blind           all pictures are grey
-    blind_shuffled  the pictures are those of another scene, played beside it
+    blind_shuffled  the pictures are the first ones of another scene of the same task
     deaf            the sentence is empty
-    deaf_shuffled   the sentence is another scene's
+    deaf_shuffled   the sentence is of another scene of the same task
     swap            another sentence that fits the scene; scored on it, and on the original
     retarget        after a random time, another sentence that fits; scored on that one
 
-A policy that looks and listens succeeds at most as often as chance in the first four, and obeys in
-the last two. Chance is what the best policy without ears would reach: it knows the tasks and does
-one of them without fail, but has to guess which block, which pad or which direction is meant.
+A sentence that the policy declines counts as a failure, whatever is done then.
 """
 
 import argparse
 import json
-import re
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import multiprocessing
 from pathlib import Path
 
-import mujoco
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from gen_data import (
     ACTION_NAMES,
-    DEMO_SEED,
-    FACTORS,
-    GUARDS,
     HELD_OUT,
     NAMES,
     SLOTS,
@@ -45,339 +37,132 @@ from gen_data import (
     SUCCESS_STEPS,
     TASKS,
     TEST_SEED,
-    VALID_SEED,
     Env,
     choose,
     expert,
-    is_held_out,
+    explain_errors,
     make_instruction,
-    number,
-    task_list,
 )
-from model import UNDERSTOOD, VLA, Policy, code_version, explain_errors
+from model import UNDERSTOOD, VLA, code_version
 
 CONTROLS = ("blind", "blind_shuffled", "deaf", "deaf_shuffled", "swap", "retarget")
-SEED_RANGES = dict(  # where each range of scene seeds begins
-    choosing=VALID_SEED,
-    retired=1_000_000,  # was for reporting, until it had been looked at too often
-    reporting=TEST_SEED,
-    demonstrations=DEMO_SEED,
-)
-
-COUNTS = dict(  # in a row: how often this is so in its episodes' results
-    k="success",
-    original="original_success",
-    after_done_k="after_done_success",
-    after_done_n="after_done",
-    violations="violations",
-    diverged="diverged",
-    declined="declined",
-    wrong_first="wrong_first",
-    untouched="untouched",
-)
-
-
-# ---------------------------------------------------------------------------------- settings
-def read_settings():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    # what is evaluated
-    add(
-        "--ckpt",
-        default="",
-        help="checkpoint, or a comma list (default out/ckpt.pt, else assets/ckpt.pt)",
-    )
-    add(
-        "--policies",
-        default="policy",
-        help="comma list of expert, random, policy (default policy: the checkpoints)",
-    )
-    add("--controls", action="store_true", help="also run the checkpoints under each control")
-    add(
-        "--execute",
-        type=int,
-        help="actions carried out per forward pass (default: the checkpoint's)",
-    )
-    add(
-        "--ensemble",
-        action="store_true",
-        help="a forward pass in every step, averaging all chunks; not with --head mixture",
-    )
-    add(
-        "--flow_steps",
-        type=int,
-        help="of a flow head's integration (default: the checkpoint's)",
-    )
-    # on what
-    add(
-        "--episodes",
-        type=number(int, 1, 1_000_000),
-        help="scenes, shared among the tasks (default 100)",
-    )
-    add(
-        "--seed",
-        type=number(int, 0, 2**31),
-        default=TEST_SEED,
-        help=f"of the first scene (default {TEST_SEED:,}; 0 to 999,999 is for choosing)",
-    )
-    add(
-        "--tasks",
-        help=f"all, or a comma list of {', '.join(TASKS)} (default: what the checkpoints learned)",
-    )
-    add(
-        "--split",
-        default="seen",
-        choices=SPLITS,
-        help="phrasing: held-out sentences; combo: held-out colours and directions; "
-        "crowd: two more blocks (default seen)",
-    )
-    add(
-        "--instructions",
-        type=Path,
-        help="file of lines task<TAB>sentence[<TAB>direction or way], with {block} {pad} {lower} for "
-        "names; each is told in --episodes scenes (default 1), beside the scenes' own sentences; with "
-        "the task none: how many are declined",
-    )
-    add(
-        "--randomize",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="0 to 1: how much the world differs from scene to scene (default 0)",
-    )
-    add("--randomize_only", choices=tuple(FACTORS), help="let this alone differ (default all)")
-    add("--no_guard", action="store_true", help="without the safety guard before the servos")
-    add(
-        "--parallel",
-        type=number(int, 1, 1000),
-        default=50,
-        help="scenes in a batch, whose size changes the last bits of actions (default 50)",
-    )
-    add(
-        "--out",
-        type=Path,
-        help="a .json file for the results; beside it a .jsonl with one line per episode",
-    )
-    args = parser.parse_args()
-    args.episodes = args.episodes or (1 if args.instructions else 100)
-    if args.instructions and (args.controls or args.tasks or args.policies != "policy"):
-        raise ValueError("--instructions goes without --tasks, --policies and --controls")
-    args.lines = read_instructions(args.instructions) if args.instructions else []
-    last = args.seed + args.episodes * max(len(args.lines), 1) - 1
-    args.range, end = map(range_of, (args.seed, last))
-    if end != args.range:
-        raise ValueError(
-            f"the scenes reach from {args.range} into {end}; choose another --seed"
-        )
-    if args.controls and args.split == "combo":
-        raise ValueError(
-            "--split combo has too few instructions for --controls; use another split"
-        )
-    if args.controls and 1 in (args.parallel, args.episodes % args.parallel):
-        raise ValueError("--controls needs two scenes a batch; change --episodes or --parallel")
-    if args.randomize_only and not args.randomize:
-        raise ValueError("--randomize_only says what --randomize changes; give that too")
-    if args.out and args.out.suffix != ".json":
-        raise ValueError(f"--out must be a file name that ends in .json, not {args.out}")
-    args.policies = choose(
-        args.policies.split(","), ("expert", "random", "policy"), "--policies"
-    )
-    return args
-
-
-def range_of(seed):
-    return [name for name, first in SEED_RANGES.items() if seed >= first][-1]
-
-
-def read_instructions(path):
-    """[(task, sentence with {names} left open, its other slots), ..] of lines of task<TAB>sentence, and
-    a word if the task has a slot that is not a name."""
-    found = []
-    for line in filter(str.strip, path.read_text(encoding="utf-8-sig").splitlines()):
-        task, *rest = line.split("\t")
-        slots = TASKS[task].slots if task in TASKS else ()
-        other = [slot for slot in slots if slot not in NAMES]
-        words = dict(zip(other, rest[1:]))
-        said = all(words.get(slot) in SLOTS[slot] for slot in other)
-        try:
-            example = rest[0].format(block="red", pad="green", lower="blue")
-            names = {"{%s}" % slot for slot in slots if slot in NAMES}
-            named = task == "none" or set(re.findall(r"{.*?}", rest[0])) == names
-        except (AttributeError, IndexError, KeyError, ValueError):
-            named = False
-        if task not in (*TASKS, "none") or not named or not said:
-            needed = " ".join("{%s}" % slot for slot in slots)
-            raise ValueError(
-                f"{path}: {line!r} should be a task ({', '.join(TASKS)}, none), a tab, a sentence "
-                f"with its names in braces ({needed}), and for push and drawer a tab and the "
-                f"direction or way"
-            )
-        found.append((task, example if task == "none" else rest[0], words))
-    if not found:
-        raise ValueError(f"{path} is empty; give lines of a task, a tab and a sentence")
-    return found
+COUNTS = ("success", "original_success", "declined", "wrong_first", "untouched")
 
 
 # ----------------------------------------------------------------------------------- playing
-@dataclass
-class Run:
-    """A policy on some scenes."""
+def play(policy, env, seed, options=None, control="none", wording=None, watch=None):
+    """Plays one scene to its end; returns what came of it, a dict.
 
-    policy: str  # expert, random, vla or bc
-    model: Policy  # of the latter two
-    scenes: list  # (seed, options of Env.reset)
-    label: str
-    control: str = "none"
-    wordings: list = None  # what to tell in each scene instead of its own sentence
-
-
-class Episode:
-    """One scene being played.
-
-    Of its world it needs reset(seed, options), step(action), info["success"] and info["diverged"],
-    task, instruction, seed and steps, as Env has them; for swap and retarget also observe(),
-    draw_request() and set_request()."""
-
-    def __init__(self, env, seed, options, run, wording=None):
-        self.env = env
-        self.control = run.control
-        self.rng = np.random.default_rng([seed, 2])
-        self.obs, _ = env.reset(seed, options)
-        self.task = env.task
-        self.original = self.sentence = env.instruction  # the latter is what the policy is told
-        self.reward = 0.0
-        self.success = self.over = self.original_success = False
-        self.after_done = False  # whether it was done before another came
-        self.original_steps = 0  # control steps in a row that it has been done
-        self.switch = 0  # control step when another comes; 0: none
-        self.declined = False
-        if wording:
-            self.sentence = wording.format(**env.slots)
-        if self.control == "deaf":
-            self.sentence = ""
-        if run.model and self.control == "none":  # play.py would not do it
-            self.declined = run.model.understands(self.sentence) < UNDERSTOOD
-        if self.control == "swap":
-            self.meaning = env.meaning  # of the original
-            self.tell_another()
-        if self.control == "retarget":
-            self.switch = self.rng.integers(5, 40)
-
-    def tell_another(self):
-        """Gives another instruction that fits the scene as it is now, if there is one. This
-        restarts the environment's clock."""
-        env = self.env
-        request = env.draw_request(self.rng, avoid=env.request) or env.request
-        env.set_request(request, make_instruction(request, self.rng, env.split == "phrasing"))
-        self.sentence = env.instruction
-        self.obs = env.observe()  # its target_pos is another now
-        self.reward = 0.0
-
-    def seen(self):
-        """The observation that a model gets under the control."""
-        keys = [f"{name}_image" for name in self.env.cameras]
-        if self.control == "blind":
-            return self.obs | {key: np.full_like(self.obs[key], 127) for key in keys}
-        if self.control == "blind_shuffled":
-            return self.obs | {key: self.other.obs[key] for key in keys}
-        return self.obs
-
-    def step(self, action):
-        if self.over:
-            return
-        self.obs, reward, terminated, truncated, self.info = self.env.step(action)
-        self.reward += reward
-        self.success = self.info["success"] and not self.info["diverged"] and not self.declined
-        self.over = terminated or truncated
-        if self.control == "swap":
-            done = TASKS[self.task].success(self.env, **self.meaning)
-            self.original_steps = self.original_steps + 1 if done else 0
-            self.original_success = self.original_steps >= SUCCESS_STEPS
-            self.over |= self.original_success
-        if self.switch and (self.success or self.env.steps == self.switch):
-            self.switch = 0
-            self.after_done = self.success
-            self.success = self.over = False
-            self.tell_another()
-
-    def result(self):
-        touched = self.info.get("touched")
-        return dict(
-            self.info,
-            seed=self.env.seed,
-            task=self.task,
-            told=self.sentence,
-            original=self.original,
-            success=self.success,
-            original_success=self.original_success,
-            after_done=self.after_done,
-            after_done_success=self.after_done and self.success,
-            declined=self.declined,
-            untouched=not self.success and touched is None,
-            wrong_first=not self.success and touched not in (None, self.info.get("block")),
-            reward=self.reward / self.env.steps,
-            steps=self.env.steps,
-        )
-
-
-def guessing(env, scene, tasks):
-    """Chances of success without ears in this scene: knowing which task it is, and not knowing."""
-    env.reset(*scene)
-    held_out = is_held_out(*env.request)
-    chance = {}
-    for task in tasks:
-        answers = sum(
-            is_held_out(task, slots) == held_out and env.can_ask(task, slots)
-            for slots in env.requests(task)
-        )
-        if answers:
-            chance[task] = 1 / answers
-    return dict(task_chance=chance[env.task], chance=max(chance.values()) / len(tasks))
-
-
-def play(run, episodes, pool):
-    """Plays them to the end, side by side. A model sees all of them to the end, since the size of
-    its batch changes the last bits of its actions."""
-    for i, episode in enumerate(episodes):
-        episode.other = episodes[i - 1]
-        if run.control == "deaf_shuffled":
-            episode.sentence = episode.other.original
-    if run.model:
-        run.model.reset()
-    while not all(episode.over for episode in episodes):
-        if run.model:
-            sentences = [episode.sentence for episode in episodes]
-            actions = run.model.act([episode.seen() for episode in episodes], sentences)
-        elif run.policy == "expert":
-            actions = [expert(episode.env) for episode in episodes]
+    policy: of model.py, or "expert" or "random". options: of Env.reset. wording: what to say
+    instead of the scene's own sentence, with {names} open. watch(obs) is called before every
+    step."""
+    rng = np.random.default_rng([seed, 2])
+    model = not isinstance(policy, str)
+    if control.endswith("shuffled"):
+        other_obs, other_info = env.reset(seed + len(env.tasks), options)
+    obs, info = env.reset(seed, options)
+    task, original, told = env.task, env.meaning, info["instruction"]
+    if wording:
+        told = wording.format(**env.slots)
+    elif control == "deaf":
+        told = ""
+    elif control == "deaf_shuffled":
+        told = other_info["instruction"]
+    elif control == "swap":
+        told, obs = tell_another(env, rng)
+    switch = rng.integers(5, 40) if control == "retarget" else None  # control step
+    if model:
+        policy.reset(seed)
+    instead = {}  # of what is seen
+    for key in [f"{name}_image" for name in env.cameras]:
+        if control == "blind":
+            instead[key] = np.full_like(obs[key], 127)
+        elif control == "blind_shuffled":
+            instead[key] = other_obs[key]
+    declined = original_success = False
+    original_steps = 0  # in a row that the original request has been fulfilled
+    while True:
+        if model and env.steps == 0:
+            declined = policy.understands(told) < UNDERSTOOD
+        if watch:
+            watch(obs)
+        if policy == "expert":
+            action = expert(env)
+        elif policy == "random":
+            action = rng.uniform(-1, 1, len(ACTION_NAMES))
         else:
-            actions = [episode.rng.uniform(-1, 1, len(ACTION_NAMES)) for episode in episodes]
-        list(pool.map(Episode.step, episodes, actions))
+            action = policy.predict(obs | instead, told)
+        obs, _, terminated, truncated, info = env.step(action)
+        if control == "swap":
+            done = TASKS[task].success(env, *original)
+            original_steps = original_steps + 1 if done else 0
+            original_success = original_steps >= SUCCESS_STEPS
+        if switch and (info["success"] or env.steps == switch):
+            told, obs = tell_another(env, rng)  # restarts the clock
+            switch = None
+        elif terminated or truncated or original_success:
+            break
+    if watch:
+        watch(obs)
+    touched = info["touched"]
+    success = info["success"] and not info["diverged"] and not declined
+    return info | dict(
+        seed=seed,
+        task=task,
+        told=told,
+        success=success,
+        original_success=original_success,
+        declined=declined,
+        wrong_first=not success and touched not in (None, info.get("block")),
+        untouched=not success and touched is None,
+        steps=env.steps,
+    )
 
 
-def evaluate(run, world, parallel):
-    """A result for each scene. world: arguments of Env. parallel: size of a batch."""
-    cameras = run.model.config.cameras if run.model else ()
-    tasks = {options["task"] for _, options in run.scenes}
-    envs = [Env(cameras=cameras, **world) for _ in run.scenes[:parallel]]
-    results = []
-    # MuJoCo lets go of the interpreter's lock, but threads beyond four only wait for it
-    with ThreadPoolExecutor(4) as pool:
-        for i in range(0, len(run.scenes), parallel):
-            scenes = run.scenes[i : i + parallel]
-            wordings = (run.wordings or [None] * len(run.scenes))[i : i + parallel]
-            starts = [
-                pool.submit(Episode, env, *scene, run, wording)
-                for env, scene, wording in zip(envs, scenes, wordings)
-            ]
-            episodes = [start.result() for start in starts]
-            play(run, episodes, pool)
-            results += [episode.result() for episode in episodes]
-    blind = Env(cameras=(), **world)
-    for result, scene in zip(results, run.scenes):
-        result |= guessing(blind, scene, tasks)
-    return results
+def tell_another(env, rng):
+    """Asks for something else that fits the scene as it is now, if there is anything; returns the
+    sentence and the observation."""
+    request = env.draw_request(rng, avoid=env.request) or env.request
+    env.set_request(request, make_instruction(request, rng, env.split == "phrasing"))
+    return env.instruction, env.observe()
+
+
+def load(name, changes):
+    """The policy of a checkpoint, with changes of its Config, ["execute=2"]; "expert" and "random" are
+    themselves."""
+    if name in ("expert", "random"):
+        return name
+    policy = VLA.load(name)
+    for change in changes:
+        key, _, value = change.partition("=")
+        if not hasattr(policy.config, key):
+            raise ValueError(f"--set {change}: the policy has no {key!r}")
+        setattr(policy.config, key, type(getattr(policy.config, key))(value))
+    policy.config.__post_init__()
+    return policy
+
+
+def start(name, changes, world):
+    """Prepares a process for play_job. world: arguments of Env."""
+    global player
+    torch.set_num_threads(1)  # for one picture at a time, more only wait for each other
+    policy = load(name, changes)
+    cameras = () if name == policy else policy.config.cameras
+    player = policy, Env(cameras=cameras, **world)
+
+
+def play_job(scene):
+    return play(*player, **scene)
+
+
+def play_all(scenes, *setting):
+    """The results of play() with these arguments, in turn. setting: arguments of start()."""
+    if len(scenes) < 20:  # starting processes would take longer
+        start(*setting)
+        return [play_job(scene) for scene in scenes]
+    with multiprocessing.get_context("spawn").Pool(None, start, setting) as pool:
+        results = pool.imap(play_job, scenes, chunksize=4)
+        return list(tqdm(results, total=len(scenes), disable=None, leave=False))
 
 
 # ----------------------------------------------------------------------------------- results
@@ -398,169 +183,113 @@ def percent(k, n):
 def summarize(results, task, about):
     """One row: of a task, or of "all"."""
     results = [result for result in results if task in ("all", result["task"])]
-
-    def column(key):
-        return [result[key] for result in results]
-
     row = dict(about, task=task, n=len(results))
-    for key, counted in COUNTS.items():
-        row[key] = sum(column(counted))
-    for key in ("reward", "steps"):
-        row[key] = np.mean(column(key))
-        row[f"{key}_sd"] = np.std(column(key))
+    for key in COUNTS:
+        row[key] = sum(result[key] for result in results)
+    row["k"] = row.pop("success")
     row["low"], row["high"] = wilson(row["k"], row["n"])
-    row["guard"] = {name: sum(guard[name] for guard in column("guard")) for name in GUARDS}
-    row["force_p95"] = np.percentile(column("force"), 95)
-    row["force_max"] = max(column("force"))
-    row["chance"] = np.mean(column("chance" if task == "all" else "task_chance"))
+    row["steps"] = np.mean([result["steps"] for result in results])
+    row["force"] = max(result["force"] for result in results)  # N
     return row
+
+
+def read_instructions(path):
+    """[(task, sentence with {names} left open, its other slots), ..] of lines of
+    task<TAB>sentence, and a word if the task has a slot that is not a name."""
+    found = []
+    for line in path.read_text("utf-8-sig").splitlines():
+        task, sentence, *words = [*line.split("\t"), ""]
+        slots = TASKS[task].slots if task in TASKS else ()
+        other = dict(zip([slot for slot in slots if slot not in NAMES], words))
+        named = all("{%s}" % slot in sentence for slot in slots if slot in NAMES)
+        fits = all(word in SLOTS[slot] for slot, word in other.items())
+        if task not in (*TASKS, "none") or not named or not fits:
+            raise ValueError(
+                f"{path}: {line!r} should be a task, a tab, a sentence with {{block}}, {{pad}} or "
+                f"{{lower}} in it, and for push and drawer a tab and the direction or way"
+            )
+        found.append((task, sentence, other))
+    return found
 
 
 def describe(row):
     """A line about a row."""
-    text = f"{row['label']:14} {percent(row['k'], row['n'])}"
-    if row["declined"]:
-        text += f", {row['declined']} declined"
+    text = f"{row['control']:15} {percent(row['k'], row['n'])}"
     if row["control"] == "swap":
-        text += f" on the sentence told, {percent(row['original'], row['n'])} on the original"
-    if row["control"] == "retarget":
-        text += (
-            f" ({row['after_done_k']}/{row['after_done_n']} where the first was done before)"
-        )
-    stops = [f"{count} {name}" for name, count in row["guard"].items() if count]
+        text += f" on the sentence told, {row['original_success']} on the original"
     return (
-        f"{text}; reward {row['reward']:.2f} +- {row['reward_sd']:.2f}, steps {row['steps']:.0f} "
-        f"+- {row['steps_sd']:.0f}, guard {', '.join(stops) or 'never'}, force on a block p95 "
-        f"{row['force_p95']:.0f} N, max {row['force_max']:.0f} N; {row['wrong_first']} failures "
-        f"touched a wrong block first and {row['untouched']} none; {row['seconds']:.0f} s"
+        f"{text}; {row['declined']} declined, {row['wrong_first']} failures touched a wrong block "
+        f"first and {row['untouched']} none; {row['steps']:.0f} steps, at most {row['force']:.0f} N"
     )
-
-
-def print_table(columns):
-    """Markdown. columns: for each label its rows, of the same tasks."""
-    print(f"| task | chance | {' | '.join(columns)} |")
-    print("| --- | --- |" + " --- |" * len(columns))
-    for rows in zip(*columns.values()):
-        cells = " | ".join(percent(row["k"], row["n"]) for row in rows)
-        print(f"| {rows[0]['task']} | {100 * rows[0]['chance']:.1f}% | {cells} |")
 
 
 # -------------------------------------------------------------------------------------- script
-def main():
-    args = read_settings()
-    models = []
-    if "policy" in args.policies:
-        models = [VLA.load(path or None) for path in args.ckpt.split(",")]
-    acting = ("execute", "ensemble", "flow_steps")
-    changes = {name: value for name, value in vars(args).items() if name in acting and value}
-    for model in models:
-        vars(model.config).update(changes)
-        model.config.check(changes)
-
-    # the scenes
-    known = [task for task in TASKS if any(task in model.config.tasks for model in models)]
-    tasks = task_list(args.tasks) if args.tasks else known or ["pick_place"]
+if __name__ == "__main__":
+    explain_errors()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
+    add("--set", nargs="*", default=[], help="changes of its Config: execute=2 flow_steps=8")
+    add("--policies", default="policy", help="comma list of expert, random, policy")
+    add("--controls", action="store_true", help="also play the checkpoint under each control")
+    add("--episodes", type=int, default=100, help="scenes, shared among the tasks (default 100)")
+    add("--seed", type=int, default=TEST_SEED, help="of the first scene; below 1,000,000: choosing")
+    add("--tasks", help="all, or a comma list (default: what the checkpoint learned)")
+    add("--split", default="seen", choices=SPLITS, help="what of the scenes is unseen")
+    add("--randomize", type=float, default=0.0, help="how much the world differs (default 0)")
+    add(
+        "--instructions",
+        type=Path,
+        help="file of lines task<TAB>sentence[<TAB>direction or way], with {block} {pad} {lower} for "
+        "names; each is told in a scene, beside the scene's own sentence; with the task none: how "
+        "many are declined",
+    )
+    add("--out", type=Path, help="a .json file for the rows and the episodes")
+    args = parser.parse_args()
+    names = choose(args.policies, ("expert", "random", "policy"))
+    model = load(args.ckpt, args.set) if "policy" in names else None
+    tasks = choose(args.tasks or (model.config.tasks if model else "pick_place"), TASKS)
     if args.split == "combo":
         tasks = [task for task in tasks if task in HELD_OUT]
-    if not tasks:
-        raise ValueError(
-            f"--split combo is for {', '.join(HELD_OUT)}; no other words are held out"
+    lines = read_instructions(args.instructions) if args.instructions else []
+    told = [line for line in lines if line[0] in tasks]
+    scenes = []
+    for i in range(len(told) or args.episodes * bool(tasks)):
+        options = (
+            dict(task=told[i][0], slots=told[i][2]) if told else dict(task=tasks[i % len(tasks)])
         )
-    world = dict(
-        tasks=[task for task in TASKS if task in tasks or task in known],
-        split=args.split,
-        randomize=args.randomize,
-        randomize_only=args.randomize_only,
-        guard=not args.no_guard,
-    )
-    seeds = range(args.seed, args.seed + args.episodes)
-    scenes = [(seed, dict(task=tasks[seed % len(tasks)])) for seed in seeds]
-
-    # what is run on them
-    runs = [Run(name, None, scenes, name) for name in args.policies if name != "policy"]
-    for model in models:
-        kind = model.config.model
-        prefix = f"{model.path} " if len(models) > 1 else ""
-        if args.instructions:
-            for _, sentence, _ in args.lines:
-                model.understands(sentence)  # ValueError if it is too long
-            told = [line for line in args.lines if line[0] in model.config.tasks]
-            strange = {line[0] for line in args.lines} - {*model.config.tasks, "none"}
-            if strange:
-                print(f"{model.path} was not taught {', '.join(sorted(strange))}: left out")
-            told *= args.episodes
-            wordings = [wording for _, wording, _ in told]
-            asked = [
-                (seed, dict(task=task, slots=slots))
-                for seed, (task, _, slots) in enumerate(told, args.seed)
-            ]
-            if told:
-                runs.append(Run(kind, model, asked, prefix + "demonstrated wordings"))
-                runs.append(
-                    Run(kind, model, asked, prefix + "these wordings", wordings=wordings)
-                )
-        else:
-            runs.append(Run(kind, model, scenes, prefix + kind))
-        if args.controls and kind == "vla":
-            runs += [Run(kind, model, scenes, prefix + name, name) for name in CONTROLS]
-    fingerprint = dict(
-        torch=torch.__version__,
-        mujoco=mujoco.__version__,
-        numpy=np.__version__,
-        cpu=torch.backends.cpu.get_cpu_capability(),
-        threads=torch.get_num_threads(),
-        seed=args.seed,
-        code=code_version(),
-    )
-    print(", ".join(f"{key} {value}" for key, value in fingerprint.items()))
-    for model in models:
-        print(f"{model.path}: step {model.step}, {model.fingerprint}")
-    count = max([len(run.scenes) for run in runs], default=0)
-    print(
-        f"{count} scenes from seed {args.seed} ({args.range}), split {args.split}; "
-        f"success [95% Wilson interval]"
-    )
-
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        log = open(args.out.with_suffix(".jsonl"), "w")
-    rows = []
-    columns = {}  # of the table
-    for run in runs:
-        start = time.time()
-        results = evaluate(run, world, args.parallel)
-        about = dict(
-            label=run.label,
-            policy=run.policy,
-            control=run.control,
-            split=args.split,
-            range=args.range,
-            seconds=time.time() - start,
-            ckpt=run.model.path if run.model else None,
-        )
-        groups = list(dict.fromkeys(result["task"] for result in results))
-        if len(groups) > 1:
-            groups.append("all")
-        column = columns[run.label] = [summarize(results, task, about) for task in groups]
+        scenes.append(dict(seed=args.seed + i, options=options))
+    if not scenes or lines and not model:
+        raise ValueError("no scene, or no policy; change --policies, --tasks, --split, --episodes")
+    runs = [(name, name, scenes) for name in names if name != "policy"]  # who, control, scenes
+    if model:
+        runs.append((model.path, "none", scenes))
+        print(f"{model.path}: step {model.step}, code {model.code}; this code {code_version()}")
+        for control in CONTROLS if args.controls else ():
+            runs.append((model.path, control, [scene | dict(control=control) for scene in scenes]))
+        if told:
+            said = [scene | dict(wording=line[1]) for scene, line in zip(scenes, told)]
+            runs.append((model.path, "these sentences", said))
+    print(f"{len(scenes)} scenes from seed {args.seed}, split {args.split}", flush=True)
+    world = dict(tasks=tasks, split=args.split, randomize=args.randomize)
+    rows, episodes = [], []
+    for who, control, places in runs:
+        results = play_all(places, who, args.set, world)
+        about = dict(policy=who, control=control, split=args.split, randomize=args.randomize)
+        episodes += [about | result for result in results]
+        found = [task for task in TASKS if any(result["task"] == task for result in results)]
+        column = [summarize(results, task, about) for task in [*found, "all"]]
         rows += column
         print(describe(column[-1]), flush=True)
-        if args.out:
-            for result in results:
-                print(json.dumps(about | result), file=log, flush=True)
-    if columns:
-        print_table(columns)
-    nothing = [sentence for task, sentence, _ in args.lines if task == "none"]
-    for model in models if nothing else ():
+        print("    " + ", ".join(f"{row['task']} {row['k']}/{row['n']}" for row in column[:-1]))
+    nothing = [sentence for task, sentence, _ in lines if task == "none"]
+    if nothing:
         k = sum(model.understands(sentence) < UNDERSTOOD for sentence in nothing)
-        n = len(nothing)
-        rows.append(
-            dict(label=model.path, ckpt=model.path, control="declined", task="none", k=k, n=n)
-        )
-        print(f"{model.path} declines {percent(k, n)} of the sentences that ask for nothing")
+        rows.append(dict(policy=model.path, control="declined", task="none", k=k, n=len(nothing)))
+        print(f"{percent(k, len(nothing))} of the sentences that ask for nothing are declined")
     if args.out:
-        args.out.write_text(json.dumps(dict(rows=rows, fingerprint=fingerprint), indent=1))
-
-
-if __name__ == "__main__":
-    explain_errors("eval.py")
-    main()
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        found = dict(rows=rows, episodes=episodes, code=code_version())
+        args.out.write_text(json.dumps(found, indent=1))
