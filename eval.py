@@ -22,6 +22,7 @@ A sentence that the policy declines counts as a failure, whatever is done then.
 import argparse
 import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def play(policy, env, seed, options=None, control="none", wording=None, watch=No
     obs, info = env.reset(seed, options)
     task, original, told = env.task, env.meaning, info["instruction"]
     if wording:
-        told = wording.format(**env.slots)
+        told = re.sub(r"{(\w+)}", lambda name: env.slots.get(name[1], name[0]), wording)
     elif control == "deaf":
         told = ""
     elif control == "deaf_shuffled":
@@ -128,8 +129,8 @@ def tell_another(env, rng):
 
 
 def load(name, changes):
-    """The policy of a checkpoint, with changes of its Config, ["execute=2"]; "expert" and "random" are
-    themselves."""
+    """The policy of a checkpoint, with changes of its Config, ["execute=2"]; "expert" and "random"
+    are themselves."""
     if name in ("expert", "random"):
         return name
     policy = VLA.load(name)
@@ -214,7 +215,8 @@ def read_instructions(path):
 
 def describe(row):
     """A line about a row."""
-    text = f"{row['control']:15} {percent(row['k'], row['n'])}"
+    label = row["control"].replace("none", "policy")
+    text = f"{label:15} {percent(row['k'], row['n'])}"
     if row["control"] == "swap":
         text += f" on the sentence told, {row['original_success']} on the original"
     return (

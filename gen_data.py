@@ -305,7 +305,7 @@ FORCE_XML = '<contact body1="block{i}" data="force" num="32"/>'
 
 def build_model(n_blocks):
     """The MjModel of a table with so many blocks. Raises ValueError for an older MuJoCo."""
-    if mujoco.__version__ < "4":
+    if int(mujoco.__version__.split(".")[0]) < 4:
         raise ValueError(
             f"this world needs MuJoCo 4, and this is {mujoco.__version__}; pip install -r "
             "requirements.txt, in an environment without Meta-World"
@@ -609,7 +609,8 @@ class Env:
         ValueError if it names what is not there."""
         self.meaning = self.resolve(request[1])  # ValueError before anything changes
         self.thing = TASKS[request[0]].thing(self, *self.meaning)
-        self.request = self.task, self.slots = request
+        self.request = request
+        self.task, self.slots = request
         self.instruction = text
         self.steps = 0
         self.done_steps = 0
@@ -654,7 +655,8 @@ class Env:
 
     def _solve_ik(self, target):
         """One damped least-squares step of the commanded joints towards the hand at `target`,
-        pointing down; what the six equations leave free drifts back to a comfortable elbow."""
+        pointing down, so they lag a little; what the six equations leave free drifts back to a
+        comfortable elbow."""
         m, d = self.model, self.ik_data
         d.qpos[:7] = self.q_command
         mujoco.mj_kinematics(m, d)
@@ -868,8 +870,9 @@ class Task:
 
     slots: names from SLOTS. Its sentences are the rule of its name in assets/grammar.txt.
     possible(env, ..): can it be asked for now? target(env, ..): where the thing should go (3,) m.
-    success(env, ..): is it done, this instant? expert(env, ..): an action (4,), when no block is
-    between the fingers but, if the task `holds` it, the first that is named."""
+    success(env, ..): is it done, this instant? expert(env, ..): an action (4,); it is asked with an
+    empty hand, or with the first-named block in it if the task `holds` that. The first two names
+    of `slots` are what a policy's pointers look for: the thing, and its place."""
 
     holds = True
 
@@ -1143,8 +1146,8 @@ WORDINGS = 50  # in a file, of each intent
 def write_episode(file, index, attrs, arrays):
     """Adds one demonstration, `arrays` of T control steps by their path in it, to an HDF5 file:
 
-    attrs: tasks (comma list), total, env_args (JSON: how the world was made), grammar (hash of the
-        text that sentences are drawn from)
+    attrs: tasks (comma list), total, env_args (JSON: how the world was made, and a hash of this
+        file and of the grammar)
     episode_0/
         attrs: instruction, task, intent (what is asked for, names apart), slots (JSON),
         num_samples,
@@ -1182,11 +1185,15 @@ def record_file(job):
     """
     path, first, episodes, world = job
     env_args = dict(env_name="picovla", type=2, env_kwargs=world)  # 2 is robomimic's for Gym
-    settings = json.dumps(env_args | dict(first_seed=first, episodes=episodes))
+    code = hashlib.sha1(Path(__file__).read_bytes() + GRAMMAR.read_bytes()).hexdigest()[:12]
+    settings = json.dumps(env_args | dict(first_seed=first, episodes=episodes, code=code))
     if path.exists():
         with h5py.File(path) as file:
             if file.attrs["env_args"] != settings:
-                raise ValueError(f"{path} was recorded with other settings; choose another --out")
+                raise ValueError(
+                    f"{path} was recorded with other settings, or by another gen_data.py or "
+                    f"grammar; delete {path.parent} or choose another --out"
+                )
             return file.attrs["total"]
     env = Env(**world)
     samples = total = 0
@@ -1204,12 +1211,7 @@ def record_file(job):
         for name, wordings in draw_wordings(env.tasks, rng, WORDINGS).items():
             file[f"wordings/{name}"] = wordings
         file["data"].attrs.update(total=samples, env_args=settings)
-        file.attrs.update(
-            total=total,
-            tasks=",".join(env.tasks),
-            env_args=settings,
-            grammar=hashlib.sha1(GRAMMAR.read_bytes()).hexdigest()[:12],
-        )
+        file.attrs.update(total=total, tasks=",".join(env.tasks), env_args=settings)
     part = path.with_suffix(f".{os.getpid()}")  # an earlier run may still be ending
     part.write_bytes(buffer.getbuffer())
     part.replace(path)

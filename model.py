@@ -70,7 +70,7 @@ class Config:
     text: str = "word"  # tokens: words, each by its letters; or letters (char)
     text_encoder: str = "transformer"  # or lstm
     buckets: int = 4096  # rows of the table that parts of words are hashed into
-    pointers: int = 1  # two pointers from words to patches, for the thing and its place; 0: none
+    pointers: int = 1  # 1: both pointers from words to patches, for thing and place; 0: none
     # fusion
     fusion: str = "attention"  # of one vector for each modality; or a transformer over all tokens
     width: int = 128  # C
@@ -159,7 +159,7 @@ def block(config):
     options = dict(dropout=0.0, activation=squared_relu, batch_first=True, norm_first=True)
     layer = nn.TransformerEncoderLayer(C, config.heads, 4 * C, **options)
     # What is added to every key alike changes no attention, so nothing but rounding would move the
-    # biases of keys; Adam made that large steps, until logits were too large for bf16 to tell apart.
+    # biases of keys; Adam made that large steps, until bf16 could not tell logits apart.
     layer.self_attn.in_proj_bias = None
     nn.init.zeros_(layer.self_attn.out_proj.weight)
     nn.init.zeros_(layer.linear2.weight)
@@ -238,7 +238,9 @@ class Vision(nn.Module):
         x = (x - self.image_mean) / self.image_std
         x = F.pad(x, (self.margin, 0, self.margin, 0, 0, 0), "replicate")
         size = self.patch + self.margin
-        windows = x.unfold(3, size, self.patch).unfold(4, size, self.patch)  # a view of all
+        windows = x.unfold(3, size, self.patch).unfold(
+            4, size, self.patch
+        )  # of all patches, not copied
         batch = torch.arange(len(images), device=images.device)[:, None]
         chosen = windows[batch, view, :, cell[..., 0], cell[..., 1]]  # (B, kept, 3, size, size)
         x = self.embed(chosen.flatten(0, 1)).unflatten(0, kept.shape)
@@ -704,7 +706,7 @@ class VLA(Policy):
 
     def plan(self, history, sentence):
         """A chunk of actions (K, A) for the last observations, newest first."""
-        self.head.dice = self.dice
+        self.head.dice = self.dice  # for a mixture, of this episode
         found = self.look(*self.read_observations(history), sentence)
         return found["actions"][0].float().cpu().numpy()
 
@@ -717,7 +719,7 @@ class VLA(Policy):
     def request(self, sentence):
         """What the policy reads in a sentence: (task, slots); None if it declines it, or was not
         taught what sentences ask for."""
-        if not self.intent or self.understands(sentence) < UNDERSTOOD:
+        if not (self.intent and self.pointers) or self.understands(sentence) < UNDERSTOOD:
             return None
         heard = self.hear(sentence)
         best = heard["intent"][0, :-1].argmax().item()

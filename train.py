@@ -6,7 +6,7 @@
     python train.py --recipe classic --out_dir out_c    # the setting of tutorials
     torchrun --standalone --nproc_per_node=2 train.py   # data-parallel; needs the data
 
-Leaves ckpt.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. In
+Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. In
 order: settings, labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser,
 preparation, the loop, score.
 """
@@ -84,7 +84,7 @@ def add(flag, default, help, **options):
     parser.add_argument(flag, default=default, help=f"{help} (default {default})", **options)
 
 
-add("--recipe", None, "default: one; several --tasks: all", choices=RECIPES, type=str)
+add("--recipe", None, "None: one, or with several --tasks all", choices=RECIPES, type=str)
 # files
 add("--out_dir", Path("out"), "where results go")
 parser.add_argument("--overwrite", action="store_true", help="replace what is in --out_dir")
@@ -127,7 +127,9 @@ parser.set_defaults(**RECIPES[said.recipe or ("all" if several else "one")])
 parser.set_defaults(**saved["settings"])
 args = parser.parse_args()
 out_dir = args.resume or args.out_dir
-config = Config(**{field.name: getattr(args, field.name) for field in OWN})
+config = Config(
+    **{field.name: getattr(args, field.name) for field in OWN}
+)  # but for the data's part
 if min(args.steps, args.batch_size, args.log_interval, args.episodes) < 1:
     raise ValueError("--steps, --batch_size, --log_interval and --episodes are at least 1")
 
@@ -149,7 +151,7 @@ torch.set_flush_denormal(True)
 # FULL.
 EMPTY, FULL = 0.1, 0.65
 LONG = 20  # steps half open: more than fingers take to close
-UNDER = 0.04  # m from a hand that lets go down to the middle of what lies below the thing
+UNDER = 0.04  # m from a hand that lets go down to what lies below the thing: a pad 3, a block 5 cm
 LIFTED = 0.03  # m that a hand rises at least with what it has taken
 SLACK = 0.01  # m that it sinks at most before
 CARRIED = 0.1  # m sideways, of a thing that was not just lifted
@@ -161,10 +163,15 @@ PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where i
 
 
 def hindsight(hand, opening, close, complete):
-    """What an episode turned out to be about, by the robot's own numbers: where the thing was, where it
-    was to go, and what is to be seen there, which is the middle of what it was put on, or the goal
-    that it was carried to. Each is (T, 3) m, or (3,) if it is the same at all moments, or nan,
+    """What an episode turned out to be about, by the robot's own numbers: where the thing was, where
+    it was to go, and what is to be seen there, which is the middle of what it was put on, or the
+    goal that it was carried to. Each is (T, 3) m, or (3,) if it is the same at all moments, or nan:
     unknown.
+
+    | in the hand               | thing                      | place             | see         |
+    | something                 | where it closes next       | where it opens    | moved()     |
+    | nothing, and it ends shut | ahead of the hand          | beyond that       | pushed()    |
+    | nothing                   | nan                        | where it ends     | below       |
 
     hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted.
     """
@@ -173,7 +180,9 @@ def hindsight(hand, opening, close, complete):
         held = held_thin(hand, opening)
         if not held.any():
             return pushed(hand, opening)
-    if held[0]:  # from the start: if it is let go and something is taken later, it was in the way
+    # What was in the hand from the start counts only if it is the last thing that is held; else the
+    # expert just put it away to take what was asked for.
+    if held[0]:
         end = len(held) if held.all() else held.argmin()
         if held[end:].any() or not complete:
             held[:end] = False
@@ -360,7 +369,7 @@ class Sentences:
             true.append(spelt)
             shown.append(shuffled.get(name, spelt))
         text, names = tokenize(" ".join(shown), config), tokenize(" ".join(true), config)
-        return text, names, self.number.get(intent, 0), [*spoken, -1, -1][: len(POINTERS)]
+        return text, names, self.number[intent], [*spoken, -1, -1][: len(POINTERS)]
 
     def misspell(self, word, rng):
         """The word, or one time in many with a letter left out, doubled or swapped with the
@@ -399,7 +408,7 @@ class Demonstrations:
                 with h5py.File(path) as file:
                     for name in file:
                         if name.startswith("episode_"):
-                            episodes.append(self.read(file[name]))
+                            episodes.append(self.load(file[name]))
                     for intent, sentences in file.get("wordings", {}).items():
                         wordings.setdefault(intent, []).extend(sentences.asstr()[:])
             except (KeyError, ValueError, OSError) as error:
@@ -433,9 +442,11 @@ class Demonstrations:
         held_out = np.repeat(number % 20 == 0, lengths)
         self.train, self.valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         if not len(self.train):
-            raise ValueError(f"{args.data} has one scene, and there must be some to hold out")
+            raise ValueError(f"{path} has one scene, and there must be others to hold out")
+        self.state_mean, self.state_std = self.spread(self.state)
+        self.goal_mean, self.goal_std = self.spread(self.goal)
 
-    def read(self, episode):
+    def load(self, episode):
         """An episode of T moments as a dict: its attributes, and its arrays. The first one says
         what there is in all."""
         keys = list(episode["observations"])
@@ -443,11 +454,11 @@ class Demonstrations:
             pictures = [key.removesuffix("_image") for key in keys if key.endswith("_image")]
             self.cameras = tuple(args.cameras.split(",") if args.cameras else pictures)
             self.image_size = episode[f"observations/{self.cameras[0]}_image"].shape[1]
-            answer = PRIVILEGED
-            if config.model == "bc":  # which has no eyes, but is told
-                self.cameras, answer = (), ()
+            hidden = PRIVILEGED
+            if config.model == "bc":  # which has no eyes, but is told where things are
+                self.cameras, hidden = (), ()
             numbers = [key for key in keys if not key.endswith("_image")]
-            self.state_keys = tuple(key for key in numbers if key not in answer)
+            self.state_keys = tuple(key for key in numbers if key not in hidden)
         T = len(episode["actions"])
 
         def read(key):
@@ -484,6 +495,12 @@ class Demonstrations:
                 shows = (depth > 0) & (np.abs(at - 0.5) < 0.5).all(-1)
                 uv[:, :, v] = np.where(shows[..., None], at, -1)
         episode["uv"] = uv
+
+    def spread(self, x):
+        """Mean and standard deviation of each column, of training moments where it is known."""
+        x = x[self.train]
+        mean = x.nanmean(0).nan_to_num()
+        return mean, (x - mean).square().nanmean(0).sqrt().nan_to_num() + 1e-3
 
     def pictures_of(self, rows):
         """Pictures (..., V', H, W, 3) uint8 of these rows (...)."""
@@ -543,7 +560,7 @@ def compute_losses(net, batch):
     if "attention" in found and config.vision != "cnn":
         spot = batch["spot"]
         attention = found["attention"].float()[..., : spot.shape[2]]  # of the newest pictures
-        spot = spot * (attention > DROPPED)
+        spot = spot * (attention > DROPPED / 2)  # which bf16 rounds
         terms["attention"] = -((attention * spot).sum(2) / spot.sum(2).clamp_min(1e-6)).mean()
     if "intent" in found:
         terms["intent"] = F.cross_entropy(found["intent"].float(), batch["intent"])
@@ -629,22 +646,20 @@ if RANKS > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()
 start = time.time()
-if not args.data:
-    args.data = f"data/{args.tasks}"
-    if RANKS == 1:  # what is there already is not made again
-        run(
-            "gen_data.py",
-            f"--episodes={args.episodes}",
-            f"--tasks={args.tasks}",
-            f"--randomize={args.randomize}",
-        )
-data = Path(args.data)
-paths = sorted(data.glob("*.h5")) if data.is_dir() else sorted(glob.glob(args.data))
+if not args.data and RANKS == 1:  # what is there already is not made again
+    run(
+        "gen_data.py",
+        f"--episodes={args.episodes}",
+        f"--tasks={args.tasks}",
+        f"--randomize={args.randomize}",
+    )
+data = args.data or f"data/{args.tasks}"
+paths = sorted(glob.glob(f"{data}/*.h5") or glob.glob(data))
 if not paths:
-    raise ValueError(f"there is no {args.data}; gen_data.py makes demonstrations")
+    raise ValueError(f"there is no {data}; gen_data.py makes demonstrations")
 data_minutes = (time.time() - start) / 60
 demos = Demonstrations(paths)
-config = dataclasses.replace(
+complete = dataclasses.replace(
     config,
     cameras=demos.cameras,
     tasks=demos.tasks,
@@ -656,17 +671,8 @@ config = dataclasses.replace(
 )
 
 torch.manual_seed(args.seed)
-model = POLICIES[config.model](config)
-
-
-def spread(x):
-    """Mean and standard deviation of each column of training moments, where it is known."""
-    mean = x[demos.train].nanmean(0).nan_to_num()
-    return mean, (x[demos.train] - mean).square().nanmean(0).sqrt().nan_to_num() + 1e-3
-
-
-model.state_mean, model.state_std = spread(demos.state)
-demos.goal_mean, demos.goal_std = spread(demos.goal)
+model = POLICIES[config.model](complete)
+model.state_mean, model.state_std = demos.state_mean, demos.state_std
 if config.model == "vla":
     model.goal_mean, model.goal_std = demos.goal_mean, demos.goal_std
     pictures = demos.pictures_of(torch.from_numpy(demos.train[::499])).float()  # (n, V', H, W, 3)
@@ -678,7 +684,7 @@ net = DistributedDataParallel(model) if RANKS > 1 else model
 optimizers = make_optimizers(model)
 first_step, history = 0, []  # lines of the log
 if args.resume:
-    if saved["config"] != dataclasses.asdict(config):
+    if saved["config"] != dataclasses.asdict(complete):
         raise ValueError(f"{resume_pt} is of another configuration or of other demonstrations")
     model.load_state_dict(saved["weights"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -686,8 +692,8 @@ if args.resume:
     first_step, history = saved["step"], saved["history"]
 about = dict(code=code_version(), torch=str(torch.__version__))
 print(
-    f"{args.data}: {len(demos.train)} moments to train on, {len(demos.valid)} held out, of "
-    f"{', '.join(config.tasks)}\n{config.model}: "
+    f"{data}: {len(demos.train)} moments to train on, {len(demos.valid)} held out, of "
+    f"{', '.join(demos.tasks)}\n{config.model}: "
     f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}, "
     f"{'bfloat16' if bf16 else 'float32'}, torch {about['torch']}, code {about['code']}",
     flush=True,
@@ -774,5 +780,5 @@ if RANK > 0:
 # ------------------------------------------------------------------------------------- score
 minutes = (time.time() - start) / 60 - data_minutes
 print(f"{ckpt}, {log}; data {data_minutes:.1f} min, training {minutes:.1f} min", flush=True)
-if args.eval_interval and set(config.tasks) <= set(TASKS):
+if args.eval_interval and set(demos.tasks) <= set(TASKS):
     run("eval.py", f"--ckpt={ckpt}", "--seed=0", f"--episodes={args.eval_episodes}")
