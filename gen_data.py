@@ -52,6 +52,7 @@ COLORS = {
     "purple": (0.58, 0.12, 0.78),
 }
 N_BLOCKS = 3
+HALF = 0.02  # m, half the edge of a block
 CROWD = 5  # blocks in the split of that name
 N_PADS = 2
 AREA = np.array([[0.36, -0.15], [0.64, 0.22]])  # m, where things are put (x, y)
@@ -130,48 +131,47 @@ def intent(task, slots):
 
 @functools.cache
 def grammar():
-    """{(rule, held out): its alternatives} of assets/grammar.txt, which says how it is written."""
+    """{rule: its alternatives} of assets/grammar.txt, which says how it is written. Those that are
+    held out of training are under "*rule"."""
     rules = {}
     for line in GRAMMAR.read_text("utf-8").splitlines():
         rule, _, alternatives = line.partition(": ")
-        for text in alternatives.split(" | ") if rule.isidentifier() else ():
-            options = rules.setdefault((rule, text.startswith("*")), [])
-            options.append(text.removeprefix("*"))
+        if rule.isidentifier():
+            for text in alternatives.split(" | "):
+                name = f"*{rule}" if text.startswith("*") else rule
+                rules.setdefault(name, []).append(text.removeprefix("*"))
     return rules
 
 
-def make_wording(task, slots, rng, held_out=False):
-    """A wording of the request, drawn by `rng`; held_out: by a rule's * alternatives for the whole
-    sentence, and in every second choice of words."""
+def pick(options, rng):
+    """One of a list, drawn by `rng`."""
+    return options[rng.integers(len(options))]
 
-    def draw(rule, hidden):
-        options = hidden and grammar().get((rule, True)) or grammar()[rule, False]
-        return options[rng.integers(len(options))]
+
+def make_wording(task, slots, rng, held_out=False):
+    """A wording of the request, of 40 words at most, drawn by `rng`; held_out: by one of the held
+    out alternatives for the whole sentence, and in every second choice of words."""
+
+    def expand(text):
+        """Replaces every <rule> and every (choice|of|these), and what comes in their place."""
+        return re.sub(r"<([^<>]+)>|\(([^()]*)\)", replace, text)
 
     def replace(match):
         rule, inline = match.groups()
-        if rule:
-            text = draw(rule, held_out and rng.random() < 0.5)
-        else:
-            options = inline.split("|")
-            text = options[rng.integers(len(options))]
-        return "" if text == "-" else text
+        if rule is None:
+            return expand(pick(inline.split("|"), rng))
+        rule = rule.format(**slots)  # <{direction}> is the rule "left"
+        hidden = held_out and rng.random() < 0.5
+        return expand(pick(hidden and grammar().get(f"*{rule}") or grammar()[rule], rng))
 
-    text = draw(task, held_out)
-    for slot, word in slots.items():
-        if slot not in NAMES:
-            text = text.replace("{%s}" % slot, word)
-    replaced = True
-    while replaced:
-        text, replaced = re.subn(r"<(\w+)>|\(([^()]*)\)", replace, text)
-    return " ".join(text.split())
+    words = expand(pick(grammar()[f"*{task}" if held_out else task], rng)).split()
+    return " ".join(words) if len(words) <= 40 else make_wording(task, slots, rng, held_out)
 
 
 def make_instruction(request, rng, held_out=False):
-    """A sentence for the request, its wording drawn by `rng`, of 40 words at most."""
+    """A sentence for the request."""
     task, slots = request
-    text = make_wording(task, slots, rng, held_out).format(**slots)
-    return text if len(text.split()) <= 40 else make_instruction(request, rng, held_out)
+    return make_wording(task, slots, rng, held_out).format(**slots)
 
 
 def draw_wordings(tasks, rng, count):
@@ -290,7 +290,7 @@ SCENE = """
 BLOCK_XML = """
     <body name="block{i}">
       <freejoint/>
-      <geom name="block{i}" size=".02 .02 .02" mass=".06" friction="1 .05 .001"
+      <geom name="block{i}" size="{HALF} {HALF} {HALF}" mass=".06" friction="1 .05 .001"
             condim="4" class="solid"/>
     </body>"""
 # a coloured disc with a white middle: a flat target, unlike a block of the same colour
@@ -304,17 +304,17 @@ FORCE_XML = '<contact body1="block{i}" data="force" num="32"/>'
 
 
 def build_model(n_blocks):
-    """The MjModel of a table with so many blocks. Raises ValueError for an older MuJoCo."""
-    if int(mujoco.__version__.split(".")[0]) < 4:
-        raise ValueError(
-            f"this world needs MuJoCo 4, and this is {mujoco.__version__}; pip install -r "
-            "requirements.txt, in an environment without Meta-World"
-        )
-    blocks = "".join(BLOCK_XML.format(i=i) for i in range(n_blocks))
-    forces = "".join(FORCE_XML.format(i=i) for i in range(n_blocks))
-    pads = "".join(PAD_XML.format(i=i) for i in range(N_PADS))
-    xml = SCENE.format(blocks=blocks, forces=forces, pads=pads, **globals())
-    return mujoco.MjModel.from_xml_string(xml)
+    """The MjModel of a table with so many blocks."""
+
+    def repeat(xml, n):
+        return "".join(xml.format(i=i, HALF=HALF) for i in range(n))
+
+    parts = dict(
+        blocks=repeat(BLOCK_XML, n_blocks),
+        forces=repeat(FORCE_XML, n_blocks),
+        pads=repeat(PAD_XML, N_PADS),
+    )
+    return mujoco.MjModel.from_xml_string(SCENE.format(**parts, **globals()))
 
 
 # ------------------------------------------------------------------------------- the camera
@@ -346,8 +346,6 @@ class RayCamera:
     TABLE = 0  # geom id: the first in SCENE
     CORNERS = np.array(list(itertools.product([-1, 1], repeat=3)))  # (8, 3)
     NEAR = 0.01  # m, anything nearer may be anywhere in the picture
-    IN_SIGHT = 1  # geom group that rays are cast at; what is out of sight is in group 0
-    CAST_AT = np.eye(mujoco.mjNGROUP, dtype=np.uint8)[IN_SIGHT]
 
     def __init__(self, model, name, size=IMAGE_SIZE):
         self.model = model
@@ -370,59 +368,51 @@ class RayCamera:
         rays = self.grid @ np.linalg.inv(self.matrix(data)[:, :3]).T
         return rays / np.linalg.norm(rays, axis=1, keepdims=True)
 
-    def render(self, data, cull=True):
+    def render(self, data):
         """Picture (size, size, 3) uint8 of `data`, after mj_kinematics and mj_camlight. `geom`
         (size, size) is then the geom id of each pixel, -1 for sky."""
+        rays = self.rays(data)
+        geom = np.where(rays[:, 2] < 0, self.TABLE, -1)  # -1: rays that never come down
+        normal = np.tile([0.0, 0.0, 1.0], (len(rays), 1))
+        pixels = self._pixels_to_cast(data)
+        eye = data.cam_xpos[self.id]
+        geom[pixels], normal[pixels] = cast(self.model, data, eye, rays[pixels])
+
         light = -self.model.light_dir[0]  # world frame, towards it
         colors = 255 * self.model.geom_rgba[:, :3] * self.model.light_diffuse[0]
-        rays = self.rays(data)
-        geoms = np.where(rays[:, 2] < 0, self.TABLE, -1)  # -1: rays that never come down
-        flat = colors[self.TABLE] * (self.AMBIENT + self.DIFFUSE * light[2])
-        image = np.where(geoms[:, None] < 0, self.SKY, flat.clip(0, 255)).astype(np.uint8)
-
-        pixels = self._pixels_to_cast(data) if cull else np.arange(len(image))
-        rays = rays.take(pixels, 0)  # four times as fast as []
-        eye = data.cam_xpos[self.id]
-        groups = self.CAST_AT if cull else None
-        geom, normal = cast(self.model, data, eye, rays, groups)
-        hit = np.flatnonzero(geom >= 0)
-        pixels, geom = pixels.take(hit), geom.take(hit)
-        lit = np.maximum(normal.take(hit, 0) @ light, 0)
-        color = colors.take(geom, 0) * (self.AMBIENT + self.DIFFUSE * lit)[:, None]
-        image[pixels] = np.minimum(color, 255)
-        geoms[pixels] = geom
-        self.geom = geoms.reshape(self.size, self.size)
-        return image.reshape(self.size, self.size, 3)
+        shade = self.AMBIENT + self.DIFFUSE * np.maximum(normal @ light, 0)
+        image = np.minimum(colors[geom] * shade[:, None], 255)
+        image[geom < 0] = self.SKY
+        self.geom = geom.reshape(self.size, self.size)
+        return image.astype(np.uint8).reshape(self.size, self.size, 3)
 
     def _pixels_to_cast(self, data):
-        """Indices (n,) of the pixels in the rectangle of some geom; marks those geoms IN_SIGHT."""
-        boxes = self.model.geom_aabb[1:].reshape(-1, 2, 1, 3)  # of all but the table, geom frame
+        """Indices (n,) of the pixels in the rectangle of some geom that is not the table."""
+        boxes = self.model.geom_aabb[1:].reshape(-1, 2, 1, 3)  # middle and half size, geom frame
         corners = boxes[:, 0] + self.CORNERS * boxes[:, 1]  # (geoms, 8, 3)
         turn = data.geom_xmat[1:].reshape(-1, 3, 3)  # geoms to world
         corners = corners @ turn.swapaxes(1, 2) + data.geom_xpos[1:, None]
         uv, depth = project(corners, self.matrix(data))
         low = self.size * uv.min(1) - 0.5  # px; a ray goes through a pixel's middle
         high = self.size * uv.max(1) + 0.5 + 1e-6
-        edges = np.hstack([low, high]).clip(0, self.size).astype(int)  # (geoms, 4)
-        seen = (edges[:, :2] < edges[:, 2:]).all(1) & (depth.max(1) > 0)
+        edges = np.hstack([low, high])  # (geoms, 4)
         edges[depth.min(1) < self.NEAR] = [0, 0, self.size, self.size]
-        self.model.geom_group[self.TABLE] = self.IN_SIGHT  # it hides what is sunk in
-        self.model.geom_group[1:] = self.IN_SIGHT * seen
+        edges = edges[depth.max(1) > 0].clip(0, self.size).astype(int)
         mask = np.zeros((self.size, self.size), bool)
-        for left, top, right, bottom in edges[seen].tolist():
+        for left, top, right, bottom in edges.tolist():
             mask[top:bottom, left:right] = True
         return np.flatnonzero(mask)
 
 
-def cast(model, data, origin, rays, groups=None):
+def cast(model, data, origin, rays):
     """What rays (n, 3) from `origin` (3,) meet first: geom ids (n,), -1 for nothing, and the
-    surface's normals (n, 3). groups: (mjNGROUP,) uint8, which geom groups to look at."""
+    surface's normals (n, 3)."""
     n = len(rays)
     geom, distance, normal = np.empty(n, np.int32), np.empty(n), np.empty(3 * n)
     found = geom, distance, normal
-    # static geoms too, no body left out; no limit to the distance
+    # all geom groups, static geoms too, no body left out; no limit to the distance
     mujoco.mj_multiRay(
-        model, data, origin, rays.ravel(), groups, True, -1, *found, n, mujoco.mjMAXVAL
+        model, data, origin, rays.ravel(), None, True, -1, *found, n, mujoco.mjMAXVAL
     )
     return geom, normal.reshape(n, 3)
 
@@ -461,7 +451,7 @@ class Env:
         self.cameras = {name: RayCamera(m, name) for name in choose(cameras, CAMERAS)}
         self.grip = m.actuator("grip").id
         self.hand = m.site("hand").id
-        self.hand_geoms = [m.geom(name).id for name in ("finger_left", "finger_right", "palm")]
+        self.fingers = [m.geom("finger_left").id, m.geom("finger_right").id]
         things = [f"block{i}" for i in range(self.n_blocks)]
         things += [f"pad{i}" for i in range(N_PADS)] + ["handle"]
         self.thing_geom = np.array([m.geom(name).id for name in things])
@@ -480,16 +470,17 @@ class Env:
         options = options or {}
         slots = options.get("slots", {})
         task = options.get("task", self.tasks[self.seed % len(self.tasks)])
-        held_out = self.split == "combo"
-        if len(slots) == len(TASKS[task].slots):
-            held_out = None  # an explicit request is granted, held out or not
+        # What is asked for by name is granted, held out or not.
+        held_out = None if slots else self.split == "combo"
         self._new_world(np.random.default_rng([self.seed, 7]))
         rng = np.random.default_rng(self.seed)
         for _ in range(1000):
             self._new_scene(rng)
-            self._refresh(moved=False)
-            request = self.draw_request(rng, (task,), held_out, only=slots)
-            if request:
+            self._refresh()
+            requests = self.requests(task, held_out)
+            requests = [request for request in requests if slots.items() <= request[1].items()]
+            if requests:
+                request = pick(requests, rng)
                 sentence = make_instruction(request, rng, self.split == "phrasing")
                 self.set_request(request, sentence)
                 return self.observe(), self.info()
@@ -497,12 +488,7 @@ class Env:
 
     def _new_world(self, rng):
         """Draws a world around the normal one: what differs, by how much at --randomize 1."""
-        m, normal, n = self.model, self.normal, self.n_blocks
-        for name in (
-            "geom_rgba cam_pos cam_fovy geom_friction geom_size geom_aabb geom_rbound body_mass "
-            "body_inertia dof_damping actuator_gainprm actuator_biasprm"
-        ).split():
-            getattr(m, name)[:] = getattr(normal, name)
+        m, normal = self.model, self.normal
 
         def differ(most, *shape):
             return self.randomize * most * rng.uniform(-1, 1, shape)
@@ -510,49 +496,42 @@ class Env:
         light = LIGHT + differ(0.5, 3)
         m.light_dir[0] = -light / np.linalg.norm(light)
         m.light_diffuse[0] = 1 + differ(0.25)  # strength
-        m.geom_rgba[RayCamera.TABLE, :3] += differ(0.12, 3)  # r, g, b in 0..1
-        self.tint = differ(0.07, n + N_PADS, 3)  # of blocks and pads
-        m.cam_pos += differ(0.02, m.ncam, 3)  # m
-        m.cam_fovy += differ(2.0, m.ncam)  # degrees
-        m.geom_friction[:, 0] *= 1 + differ(0.3)
-        m.dof_damping *= 1 + differ(0.5)
-        size = 1 + differ(0.1, n, 1)
-        mass = 1 + differ(0.5, n, 1)
+        table = RayCamera.TABLE
+        m.geom_rgba[table, :3] = normal.geom_rgba[table, :3] + differ(0.12, 3)  # 0..1
+        self.tint = differ(0.07, self.n_blocks + N_PADS, 3)  # of blocks and pads
+        m.cam_pos[:] = normal.cam_pos + differ(0.02, m.ncam, 3)  # m
+        m.cam_fovy[:] = normal.cam_fovy + differ(2.0, m.ncam)  # degrees
+        m.geom_friction[:] = normal.geom_friction * (1 + differ(0.3))
+        m.dof_damping[:] = normal.dof_damping * (1 + differ(0.5))
+        blocks = m.geom_bodyid[self.block_geom]
+        m.body_mass[blocks] = normal.body_mass[blocks] * (1 + differ(0.5, self.n_blocks))
         servo = 1 + differ(0.25, 7, 1)  # gain and bias together
+        m.actuator_gainprm[:7] = normal.actuator_gainprm[:7] * servo
+        m.actuator_biasprm[:7] = normal.actuator_biasprm[:7] * servo
+        mujoco.mj_setConst(m, self.ik_data)  # what follows from the masses
         self.pixel_noise = abs(differ(8.0))  # standard deviation, of 255
+        self.pixel_rng = np.random.default_rng([self.seed, 8])
         self.late = rng.random() < 0.5 * self.randomize  # actions arrive one control step late
 
-        blocks, bodies = self.block_geom, m.geom_bodyid[self.block_geom]
-        m.geom_size[blocks] *= size
-        m.geom_aabb[blocks] *= size
-        m.geom_rbound[blocks] *= size[:, 0]
-        m.body_mass[bodies] *= mass[:, 0]
-        m.body_inertia[bodies] *= mass * size**2
-        m.actuator_gainprm[:7] *= servo
-        m.actuator_biasprm[:7] *= servo
-        mujoco.mj_setConst(m, self.ik_data)  # what follows from the masses
-        self.pixel_rng = np.random.default_rng([self.seed, 8])
-
     def _new_scene(self, rng):
-        m, d = self.model, self.data
+        m, d, n = self.model, self.data, self.n_blocks
         mujoco.mj_resetData(m, d)
-        self.block_colors = rng.permutation(list(COLORS))[: self.n_blocks].tolist()
-        self.pad_colors = rng.permutation(list(COLORS))[:N_PADS].tolist()
-        blocks = {color: i for i, color in enumerate(self.block_colors)}
-        pads = {color: self.n_blocks + i for i, color in enumerate(self.pad_colors)}
+        names = list(COLORS)
+        self.colors = [*rng.permutation(names)[:n].tolist(), *rng.permutation(names)[:N_PADS].tolist()]
+        blocks = dict(zip(self.colors[:n], range(n)))
+        pads = dict(zip(self.colors[n:], range(n, n + N_PADS)))
         # {slot: {word: what it means in this scene}}
         self.words = SLOTS | dict(block=blocks, lower=blocks, pad=pads)
-        colors = np.array([COLORS[color] for color in (*blocks, *pads)]) + self.tint
-        m.geom_rgba[self.thing_geom[:-1], :3] = colors.clip(0, 1)
-        self.half = m.geom_size[self.block_geom, 0]  # m, half the edge of each block
+        rgb = np.array([COLORS[color] for color in self.colors]) + self.tint
+        m.geom_rgba[self.thing_geom[:-1], :3] = rgb.clip(0, 1)
         spots = self._free_spots(rng)
-        yaw = rng.uniform(-0.25, 0.25, self.n_blocks)  # rad; the gripper does not turn
-        x, y = spots[: self.n_blocks].T
-        zero = np.zeros(self.n_blocks)
-        poses = [x, y, self.half, np.cos(yaw / 2), zero, zero, np.sin(yaw / 2)]
-        d.qpos[9:-1] = np.stack(poses, 1).ravel()
-        flat = m.geom_bodyid[self.thing_geom[self.n_blocks : -1]]
-        m.body_pos[flat, :2] = spots[self.n_blocks :]
+        yaw = rng.uniform(-0.25, 0.25, n)  # rad; the gripper does not turn
+        pose = d.qpos[9:-1].reshape(n, 7)  # a view: place, then quaternion
+        pose[:, :2] = spots[:n]
+        pose[:, 2] = HALF
+        pose[:, 3] = np.cos(yaw / 2)
+        pose[:, 6] = np.sin(yaw / 2)
+        m.body_pos[m.geom_bodyid[self.thing_geom[n:-1]], :2] = spots[n:]
         d.qpos[-1] = DRAWER * np.clip(rng.uniform(-0.4, 1.4), 0, 1)  # often shut or wide open
         self.command = rng.uniform((0.38, -0.2, 0.14), (0.6, 0.2, 0.26))  # m, for the hand
         self.q_command = HOME  # rad, for the joints
@@ -560,25 +539,18 @@ class Env:
             self._solve_ik(self.command)
         d.qpos[:7] = d.ctrl[:7] = self.q_command
         d.qpos[7:9] = d.ctrl[self.grip] = GRIPPER_OPEN
+        self.ee_vel = np.zeros(3)  # m/s
         self.force = 0.0  # N, the largest so far
         self.delayed = np.eye(len(ACTION_NAMES))[-1]  # the action on its way, if late: open, stay
 
     def _free_spots(self, rng):
         """Places (n_blocks + N_PADS, 2) m, 10 cm apart at least, pads 12 cm from each other."""
         n = self.n_blocks + N_PADS
-        gaps = np.full((n, n), 0.10)
-        gaps[self.n_blocks :, self.n_blocks :] = 0.12
-        spots = np.empty((n, 2))
-        found = tries = 0
-        while found < n:
-            if tries == 50:  # cornered: start again
-                found = tries = 0
-            spots[found] = rng.uniform(*AREA)
-            tries += 1
-            if (distance(spots[:found], spots[found]) > gaps[found, :found]).all():
-                found += 1
-                tries = 0
-        return spots
+        while True:
+            spots = rng.uniform(*AREA, (n, 2))
+            gaps = distance(spots[:, None], spots) + np.eye(n)  # none from itself
+            if gaps.min() > 0.10 and gaps[-N_PADS:, -N_PADS:].min() > 0.12:
+                return spots
 
     # -- requests
     def resolve(self, slots):
@@ -591,18 +563,15 @@ class Env:
                 raise ValueError(f"there is no {word} {slot} here; choose from {known}")
         return [self.words[slot][word] for slot, word in slots.items()]
 
-    def draw_request(self, rng, tasks=None, held_out=False, avoid=None, only={}):
-        """A request that could be made now, other than `avoid`, its task drawn first; None if there
-        is none. held_out: True for held-out combinations alone, False for the others, None for
-        either. only: slots that it must have."""
-        tasks = tasks or self.tasks
-        for task in (tasks[i] for i in rng.permutation(len(tasks))):
-            choice = slots_of(task, self.words)
-            for slots in (choice[i] for i in rng.permutation(len(choice))):
-                wanted = (task, slots) != avoid and only.items() <= slots.items()
-                wanted &= held_out in (None, is_held_out(task, slots))
-                if wanted and TASKS[task].possible(self, *self.resolve(slots)):
-                    return task, slots
+    def requests(self, task, held_out=False):
+        """All requests of a task that could be made now; held_out: True for held-out combinations
+        alone, False for the others, None for both."""
+        found = []
+        for slots in slots_of(task, self.words):
+            wanted = held_out in (None, is_held_out(task, slots))
+            if wanted and TASKS[task].possible(self, *self.resolve(slots)):
+                found.append((task, slots))
+        return found
 
     def set_request(self, request, text):
         """What is to be done from now on, and the sentence for it; restarts the clock. Raises
@@ -614,10 +583,10 @@ class Env:
         self.instruction = text
         self.steps = 0
         self.done_steps = 0
-        # What has happened since, which lift and push are judged by and no picture shows. What is
-        # in the hand now is touched only when it is touched anew. The expert reads none of it.
-        self.touched = []  # blocks, in order
-        self.holding = self.touching  # what the hand has touched without a pause
+        # What has happened since, which lift and push are judged by and no picture shows. The
+        # expert reads none of it.
+        self.touched = None  # the block that was touched first, of those that are not yet
+        self.untouched = ~self.touching
         self.lifted = np.zeros(self.n_blocks, bool)
         self.origin = self.block_pos.copy()  # (n_blocks, 3) m, where each block was
 
@@ -627,8 +596,7 @@ class Env:
         success, or a simulation that diverged (info["diverged"])."""
         action = np.asarray(action, np.float64)
         if action.shape != (len(ACTION_NAMES),) or not np.isfinite(action).all():
-            names = ", ".join(ACTION_NAMES)
-            raise ValueError(f"an action is finite numbers ({names}), not {action!r}")
+            raise ValueError(f"an action is {len(ACTION_NAMES)} finite numbers, not {action!r}")
         if self.late:
             action, self.delayed = self.delayed, action
         action = action.clip(-1, 1)
@@ -637,16 +605,18 @@ class Env:
         before = self.q_command
         self._solve_ik(self.command)
         self.data.ctrl[self.grip] = GRIPPER_OPEN if action[-1] > 0 else 0.0
-        for part in range(1, RAMP + 1):
-            self.data.ctrl[:7] = before + part / RAMP * (self.q_command - before)
+        for servos in np.linspace(before, self.q_command, RAMP + 1)[1:]:
+            self.data.ctrl[:7] = servos
             mujoco.mj_step(self.model, self.data, SUBSTEPS)
             self.force = max(self.force, self.data.sensordata[::3].max())  # normal forces
-        self.steps += 1
+        before = self.ee_pos
         self._refresh()
+        self.ee_vel = (self.ee_pos - before) * CONTROL_HZ
+        self.steps += 1
         self.lifted |= self.is_high()
-        self.holding = self.holding & self.touching
-        new = np.flatnonzero((self.touching & ~self.holding)[: self.n_blocks])
-        self.touched += [block for block in new if block not in self.touched]
+        new = np.flatnonzero((self.touching & self.untouched)[: self.n_blocks])
+        if self.touched is None and len(new):
+            self.touched = new[0]
         done = TASKS[self.task].success(self, *self.meaning)
         self.done_steps = self.done_steps + 1 if done else 0
         info = self.info()
@@ -673,14 +643,12 @@ class Env:
         wanted = self.q_command + jacobian.T @ dual + rest
         self.q_command = wanted.clip(low + JOINT_MARGIN, high - JOINT_MARGIN)
 
-    def _refresh(self, moved=True):
-        """Brings what the rest reads up to date with the state: poses, hand velocity, contacts."""
+    def _refresh(self):
+        """Brings what the rest reads up to date with the state: poses and contacts."""
         m, d = self.model, self.data
         mujoco.mj_kinematics(m, d)
         mujoco.mj_camlight(m, d)
-        hand = d.site_xpos[self.hand].copy()
-        self.ee_vel = (hand - self.ee_pos) * CONTROL_HZ if moved else np.zeros(3)  # m/s
-        self.ee_pos = hand
+        self.ee_pos = d.site_xpos[self.hand].copy()
         self.opening = d.qpos[7:9].sum()  # m between the fingers
         self.drawer = d.qpos[-1]  # m, 0 is shut
         self.thing_pos = d.geom_xpos[self.thing_geom]
@@ -689,19 +657,18 @@ class Env:
         touch = np.zeros((m.ngeom, m.ngeom), bool)
         one, other = d.contact.geom.T
         touch[one, other] = touch[other, one] = True
-        left, right, palm = touch[self.hand_geoms][:, self.thing_geom]  # each (things,)
-        self.touching = left | right | palm
-        # Between the fingers: both touch it. The handle does not give way: one may be just off.
-        between = left & right
-        between[self.handle] |= left[self.handle] or right[self.handle]
+        fingers = touch[self.fingers][:, self.thing_geom]  # (2, things)
+        self.touching = fingers.any(0)
+        # In the hand is what both touch. The handle does not give way: one may be just off.
+        between = fingers.all(0)
+        between[self.handle] = self.touching[self.handle]
         reach = np.linalg.norm(self.thing_pos - self.ee_pos, axis=1)
         things = np.flatnonzero(between & (self.opening > SHUT))
-        self.grasped = min(things, key=reach.__getitem__, default=None)
-        self.held = self.grasped if self.grasped != self.handle else None  # a block
+        self.held = min(things, key=reach.__getitem__, default=None)
 
     def is_high(self):
         """(n_blocks,) bool: which blocks are in the air or on something."""
-        return self.block_pos[:, 2] > self.half + 0.01
+        return self.block_pos[:, 2] > HALF + 0.01
 
     def at_rest(self, block):
         """Whether it lies or stands still, released, and the hand has withdrawn upwards."""
@@ -715,15 +682,11 @@ class Env:
             instruction=self.instruction,
             task=self.task,
             success=self.done_steps >= SUCCESS_STEPS,
-            touched=self.block_colors[self.touched[0]] if self.touched else None,
+            touched=None if self.touched is None else self.colors[self.touched],
             force=float(self.force),
             diverged=bool(self.data.warning.number.any()),
             **self.slots,
         )
-
-    def target(self):
-        """Where the thing should go, (3,) m."""
-        return TASKS[self.task].target(self, *self.meaning)
 
     def observe(self):
         """The observation dict of this instant; see the class."""
@@ -740,7 +703,7 @@ class Env:
             ee_vel=self.ee_vel,
             gripper=[self.opening],
             object_pos=self.thing_pos[self.thing],
-            target_pos=self.target(),
+            target_pos=TASKS[self.task].target(self, *self.meaning),
         )
         return obs | {name: np.array(value, np.float32) for name, value in numbers.items()}
 
@@ -759,7 +722,7 @@ def expert(env):
     """The scripted expert's action (4,) float32: a memoryless function of the privileged state.
     Each Task draws the table of its phases; these movements are what they are made of."""
     task = TASKS[env.task]
-    wanted = env.meaning[0] if task.holds else None
+    wanted = env.thing if task.holds else None
     if env.held not in (None, wanted):
         return put_away(env)
     return task.expert(env, *env.meaning)
@@ -795,7 +758,7 @@ def approach(hand, across, low, above):
     """Motion (3,) in m that goes `across` (2,) m at TRAVEL height and down to `low` m, for the time
     being `above` m higher."""
     height = min(low + above, max(TRAVEL, low))
-    if np.hypot(*across) > 0.03:  # first rise, then travel
+    if above > 0.03:  # first rise, then travel
         across = across * np.clip((hand[2] - 0.06) / 0.05, 0, 1)
     return [*across, height - hand[2]]
 
@@ -820,39 +783,29 @@ def grasp(env, thing):
     return act(approach(hand, across, low, funnel(across, near=0.014)), 1)
 
 
-def carry(env, spot, height, above):
-    """Brings the block in the hand over `spot` (2,) m and its middle down to `height` m, for the
-    time being `above` m higher."""
-    load = env.block_pos[env.held]
-    low = height - 0.003 + env.ee_pos[2] - load[2]
-    x, y, z = approach(env.ee_pos, spot - load[:2], low, above)
+def carry(env, goal, above):
+    """Brings the thing in the hand until its middle is at `goal` (3,) m, for the time being `above`
+    m higher."""
+    load = env.thing_pos[env.held]
+    low = goal[2] - 0.003 + env.ee_pos[2] - load[2]
+    x, y, z = approach(env.ee_pos, (goal - load)[:2], low, above)
     return act([x, y, z if z > 0 else 0.5 * z], -1)  # set down gently
 
 
 def put_away(env):
-    """Puts the block in the hand, which is not wanted there, down where it is; where there is no
-    ROOM, away from the nearest thing or from where the wanted one should go."""
+    """Lets go of what is not wanted in the hand: of a block down where it is, or where there is no
+    ROOM, away from the nearest thing."""
+    if env.held == env.handle:
+        return let_go(env)
     load = env.block_pos[env.held]
-    rest = env.half[env.held]
-    others = np.vstack([np.delete(env.block_pos, env.held, 0), env.target()])
+    others = np.delete(env.thing_pos, env.held, 0)
     away = (load - others[distance(others, load).argmin()])[:2]
     crowded = max(ROOM - np.hypot(*away), 0)  # m
     spot = (load[:2] + away * (crowded > 0)).clip(*PUT_DOWN)
     above = 4 * crowded + funnel(spot - load[:2], near=0.016)
-    if above < 0.01 and load[2] < rest + 0.004:
+    if above < 0.01 and load[2] < HALF + 0.004:
         return let_go(env, load[2])
-    return carry(env, spot, rest, above)
-
-
-def bring(env, block, goal, there, near):
-    """Grasps the block, brings it until its middle is at `goal` (3,) m and, once `there`, lets go.
-
-    near: m from the goal within which it is lowered all the way, as wide as the task allows."""
-    if there:
-        return let_go(env, env.block_pos[block, 2])
-    if env.held is None:
-        return grasp(env, block)
-    return carry(env, goal[:2], goal[2], funnel((goal - env.block_pos[block])[:2], near))
+    return carry(env, np.array([*spot, HALF]), above)
 
 
 def graspable(env, block):
@@ -870,45 +823,50 @@ class Task:
 
     slots: names from SLOTS. Its sentences are the rule of its name in assets/grammar.txt.
     possible(env, ..): can it be asked for now? target(env, ..): where the thing should go (3,) m.
-    success(env, ..): is it done, this instant? expert(env, ..): an action (4,); it is asked with an
-    empty hand, or with the first-named block in it if the task `holds` that. The first two names
-    of `slots` are what a policy's pointers look for: the thing, and its place."""
+    success(env, ..): is it done, this instant? The first two names of `slots` are what a policy's
+    pointers look for: the thing, and its place."""
 
-    holds = True
+    holds = True  # whether the thing is to be in the hand; else the hand is emptied first
+    THERE = 0.0  # m sideways from the target, where the expert lets go
+    NEAR = 0.02  # m sideways, where it lowers the thing all the way
 
     def thing(self, env, first, *others):
         """The number of what is to be moved."""
         return first
 
+    def expert(self, env, *meaning):
+        """An action (4,), with an empty hand or with the thing in it:
+
+        | what the expert sees                      | what it does                        |
+        | the thing at its target                   | lets go                             |
+        | the thing between the fingers             | carries it to its target            |
+        | anything else                             | grasps the thing                    |"""
+        at = env.thing_pos[env.thing]
+        goal = self.target(env, *meaning)
+        x, y, z = goal - at
+        calm = env.held is None or np.linalg.norm(env.ee_vel) < 0.1  # not while it swings
+        if np.hypot(x, y) < self.THERE and abs(z) < 0.004 and calm:
+            return let_go(env, at[2])
+        if env.held is None:
+            return grasp(env, env.thing)
+        return carry(env, goal, funnel([x, y], self.NEAR))
+
 
 class PickPlace(Task):
-    """| what the expert sees                      | what it does                        |
-    | the block rests on its pad                | lets go                             |
-    | the block between the fingers             | carries it to the pad               |
-    | anything else                             | grasps the block                    |"""
-
     slots = ("block", "pad")
     WITHIN = 0.03  # m sideways, of success
-    THERE = 0.022  # m sideways, where the expert lets go
-    NEAR = 0.02  # m sideways, where it lowers the block
+    THERE = 0.022
 
     def possible(self, env, block, pad):
         return graspable(env, block) and distance(env.block_pos, env.thing_pos[pad]).min() >= 0.07
 
     def target(self, env, block, pad):
-        return env.thing_pos[pad] + [0, 0, env.half[block]]
+        return env.thing_pos[pad] + [0, 0, HALF]
 
     def success(self, env, block, place):
         """Rests on its place."""
-        off = env.block_pos[block] - self.target(env, block, place)
-        return np.hypot(*off[:2]) < self.WITHIN and abs(off[2]) < 0.006 and env.at_rest(block)
-
-    def expert(self, env, block, place):
-        goal = self.target(env, block, place)
-        off = env.block_pos[block] - goal
-        calm = env.held is None or np.linalg.norm(env.ee_vel) < 0.1  # not while it swings
-        there = np.hypot(*off[:2]) < self.THERE and abs(off[2]) < 0.004 and calm
-        return bring(env, block, goal, there, self.NEAR)
+        x, y, z = env.block_pos[block] - self.target(env, block, place)
+        return np.hypot(x, y) < self.WITHIN and abs(z) < 0.006 and env.at_rest(block)
 
 
 class Stack(PickPlace):
@@ -922,33 +880,44 @@ class Stack(PickPlace):
         return free and env.held != lower and not env.is_high()[lower]
 
     def target(self, env, block, lower):
-        return env.block_pos[lower] + [0, 0, env.half[block] + env.half[lower]]
+        return env.block_pos[lower] + [0, 0, 2 * HALF]
 
 
 class Lift(Task):
-    """| the block between the fingers             | rises                               |
-    | anything else                             | grasps the block                    |"""
-
     slots = ("block",)
-    HEIGHT = 0.10  # m, under the block
-    GOAL = 0.17  # m, of its middle
+    HEIGHT = 0.12  # m, of its middle; the block is then 10 cm above the table
+    GOAL = 0.17  # m
 
     def possible(self, env, block):
-        return graspable(env, block) and env.block_pos[block, 2] < env.half[block] + self.HEIGHT
+        return graspable(env, block) and env.block_pos[block, 2] < self.HEIGHT
 
     def target(self, env, block):
         x, y, _ = env.block_pos[block]
         return np.array([x, y, self.GOAL])
 
     def success(self, env, block):
-        """In the gripper, 10 cm above the table, no other block touched."""
-        high = env.block_pos[block, 2] - env.half[block] > self.HEIGHT
-        return env.held == block and high and set(env.touched) <= {block}
+        """High in the gripper, no other block touched before."""
+        high = env.block_pos[block, 2] > self.HEIGHT
+        return env.held == block and high and env.touched in (None, block)
 
-    def expert(self, env, block):
-        if env.held is None:
-            return grasp(env, block)
-        return act([0, 0, self.GOAL - env.block_pos[block, 2]], -1)
+
+class Drawer(Task):
+    slots = ("way",)
+    THERE = 0.005  # m
+    NEAR = 1.0  # m: it stays at its height all the way
+
+    def thing(self, env, opens):
+        return env.handle
+
+    def possible(self, env, opens):
+        return env.drawer < 0.07 if opens else env.drawer > 0.05
+
+    def target(self, env, opens):
+        return HANDLE + [0.12 * opens, 0, 0.003]  # carry() aims that much lower
+
+    def success(self, env, opens):
+        """Open at least 10 cm, or shut within 1 cm."""
+        return env.drawer >= 0.10 if opens else env.drawer <= 0.01
 
 
 class Push(Task):
@@ -962,14 +931,12 @@ class Push(Task):
     SPEED = 0.009  # m per control step
 
     def possible(self, env, block, direction):
-        at = env.block_pos[block, :2]
-        others = np.delete(env.block_pos[:, :2], block, 0) - at
-        along, across = others @ direction, np.abs(others @ direction[::-1])
-        in_the_way = (along > -0.13) & (along < 0.22) & (across < 0.075)
-        behind = inside(at - self.BEHIND * direction, (0.31, -0.24), (0.70, 0.30))
-        ahead = inside(at + 0.14 * direction, (0.31, -0.19), (0.71, 0.29))
-        free = graspable(env, block) and not env.is_high()[block]
-        return free and behind and ahead and not in_the_way.any()
+        """With nothing beside its way, from behind it to where it should be."""
+        way = env.block_pos[block, :2] + np.outer([-0.06, 0.04, 0.14], direction)  # (3, 2) m
+        others = np.delete(env.block_pos, block, 0)
+        gap = distance(others[:, None, :2], way).min()
+        free = graspable(env, block) and not env.is_high()[block] and gap > 0.085
+        return free and inside(way, (0.31, -0.22), (0.70, 0.30))
 
     def target(self, env, block, direction):
         """Always ahead of it: where it came from cannot be seen."""
@@ -998,37 +965,6 @@ class Push(Task):
         return act(motion, -1 if shut or hand[2] > 0.1 else 1)
 
 
-class Drawer(Task):
-    """| the drawer is as it should be             | lets go                             |
-    | the handle between the fingers            | draws or pushes it                  |
-    | anything else                             | grasps the handle                   |"""
-
-    slots = ("way",)
-    holds = False
-
-    def thing(self, env, opens):
-        return env.handle
-
-    def possible(self, env, opens):
-        return env.drawer < 0.07 if opens else env.drawer > 0.05
-
-    def target(self, env, opens):
-        return HANDLE + [0.12 * opens, 0, 0]
-
-    def success(self, env, opens):
-        """Open at least 10 cm, or shut within 1 cm."""
-        return env.drawer >= 0.10 if opens else env.drawer <= 0.01
-
-    def expert(self, env, opens):
-        if env.drawer > 0.115 if opens else env.drawer < 0.005:
-            return let_go(env)
-        if env.grasped != env.handle:
-            return grasp(env, env.handle)
-        goal = DRAWER if opens else -0.01
-        y, z = HANDLE[1:] - env.ee_pos[1:]
-        return act([goal - env.drawer, y, z], -1)
-
-
 TASKS = dict(pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), drawer=Drawer())
 
 
@@ -1043,33 +979,24 @@ REQUESTS = 3  # at most, per scene
 NORMAL = 0.35  # share of the scenes that --randomize leaves in the normal world
 
 
-def disturbance(rng, amount=1.0):
+def disturbance(rng, amount=1.0, steps=1000):
     """Noise to be executed with the actions but not recorded, so that demonstrations show how to
-    recover, as in DART (arXiv:1703.09327): an endless stream of (what is added to the motion (3,),
-    what the gripper is multiplied by). amount: share of NOISE, PUSH and SLIP."""
-    push, push_left, slip_left = np.zeros(3), 0, 0  # control steps
-    while True:
-        noise = amount * rng.normal(0, NOISE, 3)
-        if push_left == 0 and rng.random() < amount * PUSH:
-            push = rng.normal(size=3)
-            push *= 0.8 / np.linalg.norm(push)
-            push_left = rng.integers(3, 8)
-        if push_left:
-            noise += push
-            push_left -= 1
-        if slip_left == 0 and rng.random() < amount * SLIP:
-            slip_left = 3
-        yield noise, -1 if slip_left else 1
-        slip_left = max(slip_left - 1, 0)
+    recover, as in DART (arXiv:1703.09327): of each step what an action (4,) is multiplied by, which
+    turns the gripper round, and what is added. amount: share of NOISE, PUSH and SLIP."""
+    sign, noise = np.ones((steps, 4)), np.zeros((steps, 4))
+    noise[:, :3] = amount * rng.normal(0, NOISE, (steps, 3))
+    for start in np.flatnonzero(rng.random(steps) < amount * PUSH):
+        push = rng.normal(size=3)
+        noise[start : start + rng.integers(3, 8), :3] += 0.8 * push / np.linalg.norm(push)
+    for start in np.flatnonzero(rng.random(steps) < amount * SLIP):
+        sign[start : start + 3, 3] = -1
+    return zip(sign, noise)
 
 
 def disturb(action, stream):
     """The action with the next of a disturbance()."""
-    noise, sign = next(stream)
-    noisy = action.astype(np.float64)
-    noisy[:3] += noise
-    noisy[-1] *= sign
-    return noisy.clip(-1, 1)
+    sign, noise = next(stream)
+    return (action * sign + noise).clip(-1, 1)
 
 
 def blunder(env, rng, stream):
@@ -1080,13 +1007,9 @@ def blunder(env, rng, stream):
     error[:, :2] = rng.normal(0, MISTAKE, (len(error), 2))
     cameras, env.cameras = env.cameras, {}  # these pictures would be thrown away
     for _ in range(rng.integers(4, 60)):
-        true = env.thing_pos.copy()
-        env.thing_pos += error
-        if env.grasped is not None:
-            env.thing_pos[env.grasped] = true[env.grasped]
-        action = expert(env)
-        env.thing_pos[:] = true
-        env.step(disturb(action, stream))
+        in_hand = np.arange(len(error)) == env.held
+        env.thing_pos += error * ~in_hand[:, None]  # until step() sees where they really are
+        env.step(disturb(expert(env), stream))
     env.cameras = cameras
     env.set_request(env.request, env.instruction)  # restarts the clock
 
@@ -1102,7 +1025,7 @@ def demonstrate(env, seed, randomize=0.0):
     env.randomize = randomize * (rng.random() >= NORMAL)
     env.reset(seed)
     env.pixel_noise = 0.0  # does not compress; train.py adds it
-    for part in range(REQUESTS):
+    for _ in range(REQUESTS):
         if rng.random() < MISTAKEN:
             blunder(env, rng, stream)
         obs = env.observe()
@@ -1117,23 +1040,24 @@ def demonstrate(env, seed, randomize=0.0):
             frames.append(frame | dict(actions=action, rewards=np.float32(reward)))
             if terminated or truncated:
                 break
-        if info["diverged"] or truncated and not info["success"]:
+        success = info["success"]
+        if info["diverged"] or truncated and not success:
             return
-        arrays = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
         attrs = dict(
             instruction=env.instruction,
             task=env.task,
             intent=intent(*env.request),
             slots=json.dumps(env.slots),
-            interrupted=not info["success"],
+            interrupted=not success,
             scene_seed=seed,
-            part=part,
             randomize=env.randomize,
         )
-        yield attrs, arrays
-        request = env.draw_request(rng, avoid=env.request)
-        if not interrupt or not request:
+        yield attrs, {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
+        requests = env.requests(pick(env.tasks, rng))
+        requests = [request for request in requests if request != env.request]
+        if not interrupt or not requests:
             return
+        request = pick(requests, rng)
         env.set_request(request, make_instruction(request, rng))
 
 
@@ -1151,8 +1075,8 @@ def write_episode(file, index, attrs, arrays):
     episode_0/
         attrs: instruction, task, intent (what is asked for, names apart), slots (JSON),
         num_samples,
-            interrupted (whether another request came before it was done), scene_seed, part (how
-            many requests came before it in this scene), randomize (of its world)
+            interrupted (whether another request came before it was done), scene_seed, randomize (of
+            its world)
         observations/
             front_image, wrist_image     (T, 64, 64, 3) u1, one per camera
             joint_pos (T, 7) f4 rad      ee_pos (T, 3) f4 m      ee_vel (T, 3) f4 m/s
@@ -1181,37 +1105,32 @@ def write_episode(file, index, attrs, arrays):
 
 def record_file(job):
     """Records one file, unless it is there already; returns how many demonstrations it holds. job:
-    (path, seed of the first scene, demonstrations, arguments of Env). A kill leaves no half file.
-    """
-    path, first, episodes, world = job
-    env_args = dict(env_name="picovla", type=2, env_kwargs=world)  # 2 is robomimic's for Gym
-    code = hashlib.sha1(Path(__file__).read_bytes() + GRAMMAR.read_bytes()).hexdigest()[:12]
-    settings = json.dumps(env_args | dict(first_seed=first, episodes=episodes, code=code))
+    (path, its env_args). A kill leaves no half file."""
+    path, env_args = job
     if path.exists():
         with h5py.File(path) as file:
-            if file.attrs["env_args"] != settings:
+            if file["data"].attrs["env_args"] != env_args:
                 raise ValueError(
                     f"{path} was recorded with other settings, or by another gen_data.py or "
                     f"grammar; delete {path.parent} or choose another --out"
                 )
-            return file.attrs["total"]
+            return len(file["data"])
+    settings = json.loads(env_args)
+    first, episodes, world = settings["first_seed"], settings["episodes"], settings["env_kwargs"]
     env = Env(**world)
+    scenes = (demonstrate(env, first + i, world["randomize"]) for i in range(SCENES))
+    demonstrations = itertools.islice(itertools.chain.from_iterable(scenes), episodes)
     samples = total = 0
     buffer = io.BytesIO()  # so that a full disk is Python's OSError
     with h5py.File(buffer, "w") as file:
-        for seed in range(first, first + SCENES):
-            for attrs, arrays in demonstrate(env, seed, world["randomize"]):
-                if total < episodes:
-                    write_episode(file, total, attrs, arrays)
-                    samples += len(arrays["actions"])
-                    total += 1
-            if total == episodes:
-                break
+        for attrs, arrays in demonstrations:
+            write_episode(file, total, attrs, arrays)
+            samples += len(arrays["actions"])
+            total += 1
         rng = np.random.default_rng([first, 1])
         for name, wordings in draw_wordings(env.tasks, rng, WORDINGS).items():
             file[f"wordings/{name}"] = wordings
-        file["data"].attrs.update(total=samples, env_args=settings)
-        file.attrs.update(total=total, tasks=",".join(env.tasks), env_args=settings)
+        file["data"].attrs.update(total=samples, env_args=env_args)
     part = path.with_suffix(f".{os.getpid()}")  # an earlier run may still be ending
     part.write_bytes(buffer.getbuffer())
     part.replace(path)
@@ -1221,17 +1140,19 @@ def record_file(job):
 def record(out, episodes, seed, workers, world):
     """Records `episodes` demonstrations into the folder `out`, EPISODES a file. Files that are
     there already stay, so the same command carries on; the content does not depend on `workers`."""
-    build_model(1)  # where that fails, it is said once
     out.mkdir(parents=True, exist_ok=True)
+    code = hashlib.sha1(Path(__file__).read_bytes() + GRAMMAR.read_bytes()).hexdigest()[:12]
+    env_args = dict(env_name="picovla", type=2, env_kwargs=world, code=code)  # 2: robomimic's Gym
     jobs = []
     for start in range(0, episodes, EPISODES):
-        first = DEMO_SEED + 100_000 * seed + SCENES * len(jobs)
-        jobs.append((out / f"{len(jobs):04}.h5", first, min(EPISODES, episodes - start), world))
+        env_args["first_seed"] = DEMO_SEED + 100_000 * seed + SCENES * len(jobs)
+        env_args["episodes"] = min(EPISODES, episodes - start)
+        jobs.append((out / f"{len(jobs):04}.h5", json.dumps(env_args)))
     spawn = multiprocessing.get_context("spawn")
     # Ctrl-C is for the main process, which ends the others.
     with spawn.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         totals = list(tqdm(pool.imap(record_file, jobs), "files", len(jobs), disable=None))
-    size = sum(path.stat().st_size for path, *_ in jobs) / 1e6
+    size = sum(path.stat().st_size for path, _ in jobs) / 1e6
     print(f"{out}: {sum(totals)} demonstrations in {len(jobs)} files, {size:.0f} MB")
 
 
