@@ -84,6 +84,9 @@ HELD_OUT = dict(
     stack=("red yellow", "green purple", "blue red", "purple blue"),
     push=("purple left", "purple right", "purple forward", "purple back"),
 )
+# What of the model differs among worlds.
+CHANGED = """geom_rgba cam_pos cam_fovy geom_friction dof_damping body_mass actuator_gainprm
+actuator_biasprm"""
 SPLITS = ("seen", "phrasing", "combo", "crowd")
 
 
@@ -177,16 +180,14 @@ def make_instruction(request, rng, held_out=False):
 def draw_wordings(tasks, rng, count):
     """{intent: `count` wordings} for all that can be asked of these tasks, and for "none": three
     times as many sentences that ask for nothing, and some for other tasks."""
-    kinds = {
-        intent(task, slots): (task, slots) for task in TASKS for slots in slots_of(task, SLOTS)
-    }
     found = dict(none=[make_wording("none", {}, rng) for _ in range(3 * count)])
-    for name, (task, slots) in kinds.items():
-        wordings = [make_wording(task, slots, rng) for _ in range(count)]
-        if task in tasks:
-            found[name] = wordings
-        else:
-            found["none"] += wordings[: count // 10]
+    for task in TASKS:
+        for slots in slots_of(task, SLOTS | dict.fromkeys(NAMES, [""])):  # names are left open
+            wordings = [make_wording(task, slots, rng) for _ in range(count)]
+            if task in tasks:
+                found[intent(task, slots)] = wordings
+            else:
+                found["none"] += wordings[: count // 10]
     return found
 
 
@@ -351,9 +352,8 @@ class RayCamera:
         self.model = model
         self.size = size  # px
         self.id = model.camera(name).id
-        middles = (np.arange(size) + 0.5) / size  # of pixels, 0..1
-        x, y = np.meshgrid(middles, middles)
-        self.grid = np.stack([x, y, np.ones_like(x)], -1).reshape(-1, 3)
+        y, x = (np.mgrid[:size, :size].reshape(2, -1) + 0.5) / size  # middles of pixels, 0..1
+        self.grid = np.stack([x, y, np.ones(size**2)], 1)
 
     def matrix(self, data):
         """Its camera matrix (3, 4), see project()."""
@@ -434,14 +434,15 @@ class Env:
 
     Things are numbered: blocks, then pads, then the drawer's handle. `command` and `q_command` are
     where hand and joints are to be, `ee_pos` and `data` where they are; `ik_data` is scratch. In
-    qpos are seven joints, two fingers, seven numbers of each block, the drawer.
+    qpos are seven joints, two fingers, seven numbers of each block, the drawer; in ctrl the joints,
+    the gripper.
     """
 
     def __init__(
         self, tasks=("pick_place",), cameras=("front", "wrist"), split="seen", randomize=0.0
     ):
         self.tasks = choose(tasks, TASKS)
-        (self.split,) = choose([split], SPLITS)
+        self.split = split
         self.randomize = randomize
         self.n_blocks = CROWD if split == "crowd" else N_BLOCKS
         self.model = m = build_model(self.n_blocks)
@@ -449,7 +450,6 @@ class Env:
         self.data = mujoco.MjData(m)
         self.ik_data = mujoco.MjData(m)
         self.cameras = {name: RayCamera(m, name) for name in choose(cameras, CAMERAS)}
-        self.grip = m.actuator("grip").id
         self.hand = m.site("hand").id
         self.fingers = [m.geom("finger_left").id, m.geom("finger_right").id]
         things = [f"block{i}" for i in range(self.n_blocks)]
@@ -488,7 +488,9 @@ class Env:
 
     def _new_world(self, rng):
         """Draws a world around the normal one: what differs, by how much at --randomize 1."""
-        m, normal = self.model, self.normal
+        m = self.model
+        for field in CHANGED.split():
+            getattr(m, field)[:] = getattr(self.normal, field)
 
         def differ(most, *shape):
             return self.randomize * most * rng.uniform(-1, 1, shape)
@@ -496,18 +498,16 @@ class Env:
         light = LIGHT + differ(0.5, 3)
         m.light_dir[0] = -light / np.linalg.norm(light)
         m.light_diffuse[0] = 1 + differ(0.25)  # strength
-        table = RayCamera.TABLE
-        m.geom_rgba[table, :3] = normal.geom_rgba[table, :3] + differ(0.12, 3)  # 0..1
+        m.geom_rgba[RayCamera.TABLE, :3] += differ(0.12, 3)  # 0..1
         self.tint = differ(0.07, self.n_blocks + N_PADS, 3)  # of blocks and pads
-        m.cam_pos[:] = normal.cam_pos + differ(0.02, m.ncam, 3)  # m
-        m.cam_fovy[:] = normal.cam_fovy + differ(2.0, m.ncam)  # degrees
-        m.geom_friction[:] = normal.geom_friction * (1 + differ(0.3))
-        m.dof_damping[:] = normal.dof_damping * (1 + differ(0.5))
-        blocks = m.geom_bodyid[self.block_geom]
-        m.body_mass[blocks] = normal.body_mass[blocks] * (1 + differ(0.5, self.n_blocks))
+        m.cam_pos += differ(0.02, m.ncam, 3)  # m
+        m.cam_fovy += differ(2.0, m.ncam)  # degrees
+        m.geom_friction *= 1 + differ(0.3)
+        m.dof_damping *= 1 + differ(0.5)
+        m.body_mass[m.geom_bodyid[self.block_geom]] *= 1 + differ(0.5, self.n_blocks)
         servo = 1 + differ(0.25, 7, 1)  # gain and bias together
-        m.actuator_gainprm[:7] = normal.actuator_gainprm[:7] * servo
-        m.actuator_biasprm[:7] = normal.actuator_biasprm[:7] * servo
+        m.actuator_gainprm[:7] *= servo
+        m.actuator_biasprm[:7] *= servo
         mujoco.mj_setConst(m, self.ik_data)  # what follows from the masses
         self.pixel_noise = abs(differ(8.0))  # standard deviation, of 255
         self.pixel_rng = np.random.default_rng([self.seed, 8])
@@ -538,7 +538,7 @@ class Env:
         for _ in range(20):
             self._solve_ik(self.command)
         d.qpos[:7] = d.ctrl[:7] = self.q_command
-        d.qpos[7:9] = d.ctrl[self.grip] = GRIPPER_OPEN
+        d.qpos[7:9] = d.ctrl[7] = GRIPPER_OPEN
         self.ee_vel = np.zeros(3)  # m/s
         self.force = 0.0  # N, the largest so far
         self.delayed = np.eye(len(ACTION_NAMES))[-1]  # the action on its way, if late: open, stay
@@ -559,8 +559,7 @@ class Env:
         that is not there."""
         for slot, word in slots.items():
             if word not in self.words[slot]:
-                known = ", ".join(self.words[slot])
-                raise ValueError(f"there is no {word} {slot} here; choose from {known}")
+                raise ValueError(f"there is no {word} {slot} here")
         return [self.words[slot][word] for slot, word in slots.items()]
 
     def requests(self, task, held_out=False):
@@ -604,7 +603,7 @@ class Env:
         self.command = self.ee_pos + (target - self.ee_pos).clip(-LEASH, LEASH)
         before = self.q_command
         self._solve_ik(self.command)
-        self.data.ctrl[self.grip] = GRIPPER_OPEN if action[-1] > 0 else 0.0
+        self.data.ctrl[7] = GRIPPER_OPEN if action[-1] > 0 else 0.0
         for servos in np.linspace(before, self.q_command, RAMP + 1)[1:]:
             self.data.ctrl[:7] = servos
             mujoco.mj_step(self.model, self.data, SUBSTEPS)
@@ -770,9 +769,9 @@ def let_go(env, at=0.0):
     return act([0, 0, max(TRAVEL, at + CLEAR) - env.ee_pos[2]], 1)
 
 
-def grasp(env, thing):
+def grasp(env):
     """Opens, moves over the thing, descends in a funnel, closes."""
-    hand, at = env.ee_pos, env.thing_pos[thing]
+    hand, at = env.ee_pos, env.thing_pos[env.thing]
     across = (at - hand)[:2]
     low = at[2] + GRASP_HEIGHT
     around = np.hypot(*across) < 0.016 and hand[2] < at[2] + 0.015
@@ -801,11 +800,10 @@ def put_away(env):
     others = np.delete(env.thing_pos, env.held, 0)
     away = (load - others[distance(others, load).argmin()])[:2]
     crowded = max(ROOM - np.hypot(*away), 0)  # m
-    spot = (load[:2] + away * (crowded > 0)).clip(*PUT_DOWN)
-    above = 4 * crowded + funnel(spot - load[:2], near=0.016)
-    if above < 0.01 and load[2] < HALF + 0.004:
+    if not crowded and load[2] < HALF + 0.004:
         return let_go(env, load[2])
-    return carry(env, np.array([*spot, HALF]), above)
+    spot = (load[:2] + away * (crowded > 0)).clip(*PUT_DOWN)
+    return carry(env, np.array([*spot, HALF]), 4 * crowded)
 
 
 def graspable(env, block):
@@ -848,7 +846,7 @@ class Task:
         if np.hypot(x, y) < self.THERE and abs(z) < 0.004 and calm:
             return let_go(env, at[2])
         if env.held is None:
-            return grasp(env, env.thing)
+            return grasp(env)
         return carry(env, goal, funnel([x, y], self.NEAR))
 
 
@@ -928,7 +926,7 @@ class Push(Task):
     holds = False
     BEHIND = 0.06  # m, the hand from the block's middle
     HEIGHT = 0.022  # m, of the hand
-    SPEED = 0.009  # m per control step
+    PACE = 0.015  # m ahead of the hand
 
     def possible(self, env, block, direction):
         """With nothing beside its way, from behind it to where it should be."""
@@ -957,7 +955,7 @@ class Push(Task):
         lane = 0.02 if ahead < 0.045 else 0.014  # m, more once it touches
         behind = 0.02 < ahead < 0.085 and np.hypot(*aside) < lane
         if hand[2] < 0.05 and behind and shut:
-            pace = self.SPEED / 0.6 * max(0.3, 1 - np.hypot(*aside) / 0.012)  # first straight
+            pace = self.PACE * max(0.3, 1 - np.hypot(*aside) / 0.012)  # first straight
             return act([*(pace * direction + aside), self.HEIGHT - hand[2]], -1)
         across = offset - self.BEHIND * direction
         low = self.HEIGHT if shut else TRAVEL
@@ -970,7 +968,7 @@ TASKS = dict(pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), dr
 
 # ------------------------------------------------------------------------------ demonstrations
 NOISE = 0.12  # standard deviation of the white noise on the motion
-PUSH = 0.03  # probability a step of a push: 3 to 7 steps, of 0.8
+PUSH = 0.03  # probability a step of a push: 5 steps of N(0, 0.5)
 SLIP = 0.004  # probability a step of the gripper doing the opposite, 3 steps
 MISTAKEN = 0.4  # share of demonstrations that begin where an expert that is wrong has led
 MISTAKE = 0.02  # m, standard deviation of where it takes each thing to be
@@ -986,8 +984,7 @@ def disturbance(rng, amount=1.0, steps=1000):
     sign, noise = np.ones((steps, 4)), np.zeros((steps, 4))
     noise[:, :3] = amount * rng.normal(0, NOISE, (steps, 3))
     for start in np.flatnonzero(rng.random(steps) < amount * PUSH):
-        push = rng.normal(size=3)
-        noise[start : start + rng.integers(3, 8), :3] += 0.8 * push / np.linalg.norm(push)
+        noise[start : start + 5, :3] += rng.normal(0, 0.5, 3)
     for start in np.flatnonzero(rng.random(steps) < amount * SLIP):
         sign[start : start + 3, 3] = -1
     return zip(sign, noise)
@@ -1068,10 +1065,9 @@ WORDINGS = 50  # in a file, of each intent
 
 
 def write_episode(file, index, attrs, arrays):
-    """Adds one demonstration, `arrays` of T control steps by their path in it, to an HDF5 file:
+    """Adds one demonstration, `arrays` of T control steps by their path in it, to an HDF5 file;
+    returns T.
 
-    attrs: tasks (comma list), total, env_args (JSON: how the world was made, and a hash of this
-        file and of the grammar)
     episode_0/
         attrs: instruction, task, intent (what is asked for, names apart), slots (JSON),
         num_samples,
@@ -1086,7 +1082,10 @@ def write_episode(file, index, attrs, arrays):
         actions (T, 4) f4    rewards (T,) f4
         obs -> observations
     wordings/push left (50,) str         of each intent, more of "none"; {names} left open
-    data/demo_0 -> episode_0             robomimic's view
+    data/                                robomimic's view
+        attrs: total (of steps), env_args (JSON: how the world was made, and a hash of this file
+        and of the grammar)
+        demo_0 -> episode_0
 
     Another robot's file needs pictures, ee_pos, gripper and other numbers, actions, and the
     instruction; cameras/ and wordings/ make training quicker.
@@ -1098,9 +1097,11 @@ def write_episode(file, index, attrs, arrays):
         if key.endswith("_image"):  # one by one, as train.py wants them
             packing = dict(chunks=(1, *array.shape[1:]), compression="gzip", compression_opts=1)
         group.create_dataset(key, data=array, **packing)
-    group.attrs.update(attrs, num_samples=len(arrays["actions"]))
+    steps = len(arrays["actions"])
+    group.attrs.update(attrs, num_samples=steps)
     group["obs"] = h5py.SoftLink(f"/{name}/observations")
     file[f"data/demo_{index}"] = h5py.SoftLink(f"/{name}")
+    return steps
 
 
 def record_file(job):
@@ -1116,17 +1117,15 @@ def record_file(job):
                 )
             return len(file["data"])
     settings = json.loads(env_args)
-    first, episodes, world = settings["first_seed"], settings["episodes"], settings["env_kwargs"]
+    first, world = settings["first_seed"], settings["env_kwargs"]
     env = Env(**world)
     scenes = (demonstrate(env, first + i, world["randomize"]) for i in range(SCENES))
-    demonstrations = itertools.islice(itertools.chain.from_iterable(scenes), episodes)
-    samples = total = 0
+    demonstrations = itertools.chain.from_iterable(scenes)
+    samples = 0
     buffer = io.BytesIO()  # so that a full disk is Python's OSError
     with h5py.File(buffer, "w") as file:
-        for attrs, arrays in demonstrations:
-            write_episode(file, total, attrs, arrays)
-            samples += len(arrays["actions"])
-            total += 1
+        for index, episode in enumerate(itertools.islice(demonstrations, settings["episodes"])):
+            samples += write_episode(file, index, *episode)
         rng = np.random.default_rng([first, 1])
         for name, wordings in draw_wordings(env.tasks, rng, WORDINGS).items():
             file[f"wordings/{name}"] = wordings
@@ -1134,26 +1133,7 @@ def record_file(job):
     part = path.with_suffix(f".{os.getpid()}")  # an earlier run may still be ending
     part.write_bytes(buffer.getbuffer())
     part.replace(path)
-    return total
-
-
-def record(out, episodes, seed, workers, world):
-    """Records `episodes` demonstrations into the folder `out`, EPISODES a file. Files that are
-    there already stay, so the same command carries on; the content does not depend on `workers`."""
-    out.mkdir(parents=True, exist_ok=True)
-    code = hashlib.sha1(Path(__file__).read_bytes() + GRAMMAR.read_bytes()).hexdigest()[:12]
-    env_args = dict(env_name="picovla", type=2, env_kwargs=world, code=code)  # 2: robomimic's Gym
-    jobs = []
-    for start in range(0, episodes, EPISODES):
-        env_args["first_seed"] = DEMO_SEED + 100_000 * seed + SCENES * len(jobs)
-        env_args["episodes"] = min(EPISODES, episodes - start)
-        jobs.append((out / f"{len(jobs):04}.h5", json.dumps(env_args)))
-    spawn = multiprocessing.get_context("spawn")
-    # Ctrl-C is for the main process, which ends the others.
-    with spawn.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        totals = list(tqdm(pool.imap(record_file, jobs), "files", len(jobs), disable=None))
-    size = sum(path.stat().st_size for path, _ in jobs) / 1e6
-    print(f"{out}: {sum(totals)} demonstrations in {len(jobs)} files, {size:.0f} MB")
+    return index + 1
 
 
 # -------------------------------------------------------------------------------------- script
@@ -1199,9 +1179,25 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.episodes < 1 or not 0 <= args.randomize <= 1:
         raise ValueError("--episodes must be at least 1, and --randomize from 0 to 1")
+    # Files that are there already stay, so the same command carries on. What is in a file depends
+    # on its own scenes alone, not on the number of workers.
     world = dict(
         tasks=choose(args.tasks, TASKS),
         cameras=choose(args.cameras, CAMERAS),
         randomize=args.randomize,
     )
-    record(args.out or Path("data", args.tasks), args.episodes, args.seed, args.workers, world)
+    code = hashlib.sha1(Path(__file__).read_bytes() + GRAMMAR.read_bytes()).hexdigest()[:12]
+    env_args = dict(env_name="picovla", type=2, env_kwargs=world, code=code)  # 2: robomimic's Gym
+    out = args.out or Path("data", args.tasks)
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for start in range(0, args.episodes, EPISODES):
+        env_args["first_seed"] = DEMO_SEED + 100_000 * args.seed + SCENES * len(jobs)
+        env_args["episodes"] = min(EPISODES, args.episodes - start)
+        jobs.append((out / f"{len(jobs):04}.h5", json.dumps(env_args)))
+    spawn = multiprocessing.get_context("spawn")
+    # Ctrl-C is for the main process, which ends the others.
+    with spawn.Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        totals = list(tqdm(pool.imap(record_file, jobs), "files", len(jobs), disable=None))
+    size = sum(path.stat().st_size for path, _ in jobs) / 1e6
+    print(f"{out}: {sum(totals)} demonstrations in {len(jobs)} files, {size:.0f} MB")
