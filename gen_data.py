@@ -259,8 +259,19 @@ SCENE = """
         </body>
       </body>
     </body>
-    {blocks}
-    {pads}
+    <replicate count="{n_blocks}">
+      <body name="block">
+        <freejoint/>
+        <geom name="block" size="{HALF} {HALF} {HALF}" mass=".06" friction="1 .05 .001" condim="4"
+              class="solid"/>
+      </body>
+    </replicate>
+    <replicate count="{N_PADS}">
+      <body name="pad">
+        <geom name="pad" type="cylinder" size=".045 .0008"/>
+        <geom type="cylinder" size=".016 .0012" rgba=".95 .95 .95 1"/>
+      </body>
+    </replicate>
     <body name="cabinet" pos="{HANDLE[0]} {HANDLE[1]} 0">
       <geom name="cabinet" pos="-.085 0 .03" size=".065 .06 .03" class="solid"
             rgba=".42 .27 .15 1"/>
@@ -286,36 +297,13 @@ SCENE = """
     <position name="servo7" joint="joint7" kp="2000" kv="90"/>
     <position name="grip" joint="finger_left" kp="900" forcerange="-12 12"/>
   </actuator>
-  <sensor>{forces}</sensor>
+  <sensor><contact body1="block" data="force" num="32"/></sensor>
 </mujoco>"""
-BLOCK_XML = """
-    <body name="block{i}">
-      <freejoint/>
-      <geom name="block{i}" size="{HALF} {HALF} {HALF}" mass=".06" friction="1 .05 .001"
-            condim="4" class="solid"/>
-    </body>"""
-# a coloured disc with a white middle: a flat target, unlike a block of the same colour
-PAD_XML = """
-    <body name="pad{i}">
-      <geom name="pad{i}" type="cylinder" size=".045 .0008"/>
-      <geom type="cylinder" size=".016 .0012" rgba=".95 .95 .95 1"/>
-    </body>"""
-# of each contact: the normal force and two tangential ones
-FORCE_XML = '<contact body1="block{i}" data="force" num="32"/>'
 
 
 def build_model(n_blocks):
     """The MjModel of a table with so many blocks."""
-
-    def repeat(xml, n):
-        return "".join(xml.format(i=i, HALF=HALF) for i in range(n))
-
-    parts = dict(
-        blocks=repeat(BLOCK_XML, n_blocks),
-        forces=repeat(FORCE_XML, n_blocks),
-        pads=repeat(PAD_XML, N_PADS),
-    )
-    return mujoco.MjModel.from_xml_string(SCENE.format(**parts, **globals()))
+    return mujoco.MjModel.from_xml_string(SCENE.format(n_blocks=n_blocks, **globals()))
 
 
 # ------------------------------------------------------------------------------- the camera
@@ -584,7 +572,7 @@ class Env:
         self.done_steps = 0
         # What has happened since, which lift and push are judged by and no picture shows. The
         # expert reads none of it.
-        self.touched = None  # the block that was touched first, of those that are not yet
+        self.touched = None  # colour of the first block to be touched, of those that are not yet
         self.untouched = ~self.touching
         self.lifted = np.zeros(self.n_blocks, bool)
         self.origin = self.block_pos.copy()  # (n_blocks, 3) m, where each block was
@@ -615,7 +603,7 @@ class Env:
         self.lifted |= self.is_high()
         new = np.flatnonzero((self.touching & self.untouched)[: self.n_blocks])
         if self.touched is None and len(new):
-            self.touched = new[0]
+            self.touched = self.colors[new[0]]
         done = TASKS[self.task].success(self, *self.meaning)
         self.done_steps = self.done_steps + 1 if done else 0
         info = self.info()
@@ -669,19 +657,13 @@ class Env:
         """(n_blocks,) bool: which blocks are in the air or on something."""
         return self.block_pos[:, 2] > HALF + 0.01
 
-    def at_rest(self, block):
-        """Whether it lies or stands still, released, and the hand has withdrawn upwards."""
-        still = np.abs(self.data.qvel[9:-1].reshape(-1, 6)[block, :3]).max() < 0.02
-        released = self.held != block and self.opening > 0.055
-        return still and released and self.ee_pos[2] > self.block_pos[block, 2] + 0.06
-
     def info(self):
         """Gymnasium's info dict of this instant; touched: colour of the block touched first."""
         return dict(
             instruction=self.instruction,
             task=self.task,
             success=self.done_steps >= SUCCESS_STEPS,
-            touched=None if self.touched is None else self.colors[self.touched],
+            touched=self.touched,
             force=float(self.force),
             diverged=bool(self.data.warning.number.any()),
             **self.slots,
@@ -712,7 +694,7 @@ TRAVEL = 0.115  # m, height of the hand when moving sideways
 GRASP_HEIGHT = 0.009  # m, of the fingertips' middle over the middle of a thing
 SHUT = 0.012  # m between the fingers: less, and nothing is in the hand
 WIDE = 0.055  # m between the fingers: room for a block
-CLEAR = 0.105  # m, how far it rises after letting go
+CLEAR = 0.165  # m, height to which it rises after letting go: 10 cm above a stacked block
 ROOM = 0.075  # m between things, so that the fingers have room to open
 PUT_DOWN = AREA + [[-0.03, 0], [0.03, 0.03]]  # m, where a wrong block may be put
 
@@ -753,20 +735,19 @@ def funnel(across, near):
     return 2 * max(np.hypot(*across) - near, 0)
 
 
-def approach(hand, across, low, above):
-    """Motion (3,) in m that goes `across` (2,) m at TRAVEL height and down to `low` m, for the time
-    being `above` m higher."""
+def approach(hand, across, low, above, gripper):
+    """Action that goes `across` (2,) m at TRAVEL height and down to `low` m, for the time being
+    `above` m higher."""
     height = min(low + above, max(TRAVEL, low))
     if above > 0.03:  # first rise, then travel
         across = across * np.clip((hand[2] - 0.06) / 0.05, 0, 1)
-    return [*across, height - hand[2]]
+    return act([*across, height - hand[2]], gripper)
 
 
-def let_go(env, at=0.0):
-    """Lets go of a thing at height `at` m and rises straight up, 4.5 cm farther than at_rest wants:
-    towards its end the motion gets slower, and a policy comes to rest before the expert does.
-    """
-    return act([0, 0, max(TRAVEL, at + CLEAR) - env.ee_pos[2]], 1)
+def let_go(env):
+    """Lets go and rises straight up, farther than at_rest wants: towards its end the motion gets
+    slower, and a policy comes to rest before the expert does."""
+    return act([0, 0, CLEAR - env.ee_pos[2]], 1)
 
 
 def grasp(env):
@@ -779,7 +760,7 @@ def grasp(env):
         return act([*across, low - hand[2]], -1)
     if env.opening <= WIDE:
         low = TRAVEL
-    return act(approach(hand, across, low, funnel(across, near=0.014)), 1)
+    return approach(hand, across, low, funnel(across, near=0.014), 1)
 
 
 def carry(env, goal, above):
@@ -787,8 +768,9 @@ def carry(env, goal, above):
     m higher."""
     load = env.thing_pos[env.held]
     low = goal[2] - 0.003 + env.ee_pos[2] - load[2]
-    x, y, z = approach(env.ee_pos, (goal - load)[:2], low, above)
-    return act([x, y, z if z > 0 else 0.5 * z], -1)  # set down gently
+    action = approach(env.ee_pos, (goal - load)[:2], low, above, -1)
+    action[2] *= 0.5 if action[2] < 0 else 1  # set down gently
+    return action
 
 
 def put_away(env):
@@ -801,7 +783,7 @@ def put_away(env):
     away = (load - others[distance(others, load).argmin()])[:2]
     crowded = max(ROOM - np.hypot(*away), 0)  # m
     if not crowded and load[2] < HALF + 0.004:
-        return let_go(env, load[2])
+        return let_go(env)
     spot = (load[:2] + away * (crowded > 0)).clip(*PUT_DOWN)
     return carry(env, np.array([*spot, HALF]), 4 * crowded)
 
@@ -844,7 +826,7 @@ class Task:
         x, y, z = goal - at
         calm = env.held is None or np.linalg.norm(env.ee_vel) < 0.1  # not while it swings
         if np.hypot(x, y) < self.THERE and abs(z) < 0.004 and calm:
-            return let_go(env, at[2])
+            return let_go(env)
         if env.held is None:
             return grasp(env)
         return carry(env, goal, funnel([x, y], self.NEAR))
@@ -862,9 +844,13 @@ class PickPlace(Task):
         return env.thing_pos[pad] + [0, 0, HALF]
 
     def success(self, env, block, place):
-        """Rests on its place."""
-        x, y, z = env.block_pos[block] - self.target(env, block, place)
-        return np.hypot(x, y) < self.WITHIN and abs(z) < 0.006 and env.at_rest(block)
+        """Lies or stands still on its place, released, and the hand has withdrawn upwards."""
+        at = env.block_pos[block]
+        x, y, z = at - self.target(env, block, place)
+        there = np.hypot(x, y) < self.WITHIN and abs(z) < 0.006
+        still = np.abs(env.data.qvel[9:-1].reshape(-1, 6)[block, :3]).max() < 0.02
+        released = env.held != block and env.opening > 0.055
+        return there and still and released and env.ee_pos[2] > at[2] + 0.06
 
 
 class Stack(PickPlace):
@@ -896,7 +882,7 @@ class Lift(Task):
     def success(self, env, block):
         """High in the gripper, no other block touched before."""
         high = env.block_pos[block, 2] > self.HEIGHT
-        return env.held == block and high and env.touched in (None, block)
+        return env.held == block and high and env.touched in (None, env.colors[block])
 
 
 class Drawer(Task):
@@ -959,8 +945,8 @@ class Push(Task):
             return act([*(pace * direction + aside), self.HEIGHT - hand[2]], -1)
         across = offset - self.BEHIND * direction
         low = self.HEIGHT if shut else TRAVEL
-        motion = approach(hand, across, low, funnel(across, near=0.016))
-        return act(motion, -1 if shut or hand[2] > 0.1 else 1)
+        gripper = -1 if shut or hand[2] > 0.1 else 1
+        return approach(hand, across, low, funnel(across, near=0.016), gripper)
 
 
 TASKS = dict(pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), drawer=Drawer())
@@ -1012,7 +998,7 @@ def blunder(env, rng, stream):
 
 
 def demonstrate(env, seed, randomize=0.0):
-    """Plays one scene; yields (attrs, arrays) of write_episode.
+    """Plays one scene; yields (attrs, frames) of write_episode.
 
     A demonstration is one request, from the moment it is made until it is done or the next one, of
     any of the tasks, interrupts it. The expert sometimes fails; that is left out, and the scene
@@ -1049,7 +1035,7 @@ def demonstrate(env, seed, randomize=0.0):
             scene_seed=seed,
             randomize=env.randomize,
         )
-        yield attrs, {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
+        yield attrs, frames
         requests = env.requests(pick(env.tasks, rng))
         requests = [request for request in requests if request != env.request]
         if not interrupt or not requests:
@@ -1064,9 +1050,9 @@ SCENES = 64  # that are there for them
 WORDINGS = 50  # in a file, of each intent
 
 
-def write_episode(file, index, attrs, arrays):
-    """Adds one demonstration, `arrays` of T control steps by their path in it, to an HDF5 file;
-    returns T.
+def write_episode(file, index, attrs, frames):
+    """Adds one demonstration to an HDF5 file: `frames`, of each of T control steps a dict of arrays
+    by their path in it. Returns T.
 
     episode_0/
         attrs: instruction, task, intent (what is asked for, names apart), slots (JSON),
@@ -1092,16 +1078,16 @@ def write_episode(file, index, attrs, arrays):
     """
     name = f"episode_{index}"
     group = file.create_group(name)
-    for key, array in arrays.items():
+    for key in frames[0]:
+        array = np.stack([frame[key] for frame in frames])
         packing = {}
         if key.endswith("_image"):  # one by one, as train.py wants them
             packing = dict(chunks=(1, *array.shape[1:]), compression="gzip", compression_opts=1)
         group.create_dataset(key, data=array, **packing)
-    steps = len(arrays["actions"])
-    group.attrs.update(attrs, num_samples=steps)
+    group.attrs.update(attrs, num_samples=len(frames))
     group["obs"] = h5py.SoftLink(f"/{name}/observations")
     file[f"data/demo_{index}"] = h5py.SoftLink(f"/{name}")
-    return steps
+    return len(frames)
 
 
 def record_file(job):
