@@ -15,7 +15,6 @@ demonstrations, the data file.
 import argparse
 import atexit
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -24,6 +23,7 @@ import os
 import re
 import signal
 import sys
+import zlib
 from pathlib import Path
 
 import h5py
@@ -58,9 +58,8 @@ N_PADS = 2
 AREA = np.array([[0.36, -0.15], [0.64, 0.22]])  # m, where things are put (x, y)
 DRAWER = 0.13  # m, travel of the drawer
 HANDLE = np.array([0.437, -0.275, 0.064])  # m, its handle when it is shut
-DIRECTIONS = dict(  # unit vectors (x, y), as the robot sees them
-    left=np.array([0, 1]), right=np.array([0, -1]), forward=np.array([1, 0]), back=np.array([-1, 0])
-)
+LEFT, FORWARD = np.array([0, 1]), np.array([1, 0])  # (x, y), as the robot sees them
+DIRECTIONS = dict(left=LEFT, right=-LEFT, forward=FORWARD, back=-FORWARD)
 
 HOME = np.array([0, -0.2, 0, -2.2, 0, 2.0, 0.785])  # rad, start and rest of the IK
 DAMPING = 1e-4 * np.eye(6)  # m² and rad², of the IK
@@ -133,17 +132,16 @@ def intent(task, slots):
 
 
 @functools.cache
-def grammar():
-    """{rule: its alternatives} of assets/grammar.txt, which says how it is written. Those that are
-    held out of training are under "*rule"."""
-    rules = {}
+def grammar(held_out):
+    """{rule: its alternatives} of assets/grammar.txt, which says how it is written; held_out: where
+    a rule has alternatives that are held out of training, those instead."""
+    rules, marked = {}, {}
     for line in GRAMMAR.read_text("utf-8").splitlines():
         rule, _, alternatives = line.partition(": ")
-        if rule.isidentifier():
-            for text in alternatives.split(" | "):
-                name = f"*{rule}" if text.startswith("*") else rule
-                rules.setdefault(name, []).append(text.removeprefix("*"))
-    return rules
+        for text in alternatives.split(" | "):
+            into = marked if text.startswith("*") else rules
+            into.setdefault(rule, []).append(text.removeprefix("*"))
+    return rules | marked if held_out else rules
 
 
 def pick(options, rng):
@@ -152,8 +150,7 @@ def pick(options, rng):
 
 
 def make_wording(task, slots, rng, held_out=False):
-    """A wording of the request, of 40 words at most, drawn by `rng`; held_out: by one of the held
-    out alternatives for the whole sentence, and in every second choice of words."""
+    """A wording of the request, of 40 words at most, drawn by `rng`."""
 
     def expand(text):
         """Replaces every <rule> and every (choice|of|these), and what comes in their place."""
@@ -161,13 +158,13 @@ def make_wording(task, slots, rng, held_out=False):
 
     def replace(match):
         rule, inline = match.groups()
-        if rule is None:
-            return expand(pick(inline.split("|"), rng))
-        rule = rule.format(**slots)  # <{direction}> is the rule "left"
-        hidden = held_out and rng.random() < 0.5
-        return expand(pick(hidden and grammar().get(f"*{rule}") or grammar()[rule], rng))
+        if rule:  # <{direction}> is the rule "left"
+            options = grammar(held_out)[rule.format(**slots)]
+        else:
+            options = inline.split("|")
+        return expand(pick(options, rng))
 
-    words = expand(pick(grammar()[f"*{task}" if held_out else task], rng)).split()
+    words = expand(f"<{task}>").split()
     return " ".join(words) if len(words) <= 40 else make_wording(task, slots, rng, held_out)
 
 
@@ -382,7 +379,7 @@ class RayCamera:
         corners = corners @ turn.swapaxes(1, 2) + data.geom_xpos[1:, None]
         uv, depth = project(corners, self.matrix(data))
         low = self.size * uv.min(1) - 0.5  # px; a ray goes through a pixel's middle
-        high = self.size * uv.max(1) + 0.5 + 1e-6
+        high = self.size * uv.max(1) + 0.5
         edges = np.hstack([low, high])  # (geoms, 4)
         edges[depth.min(1) < self.NEAR] = [0, 0, self.size, self.size]
         edges = edges[depth.max(1) > 0].clip(0, self.size).astype(int)
@@ -443,9 +440,9 @@ class Env:
         things = [f"block{i}" for i in range(self.n_blocks)]
         things += [f"pad{i}" for i in range(N_PADS)] + ["handle"]
         self.thing_geom = np.array([m.geom(name).id for name in things])
-        self.block_geom = self.thing_geom[: self.n_blocks]
         self.handle = len(things) - 1
         self.orientation = POINTING_DOWN  # that the IK holds the hand at
+        self.limits = m.jnt_range[:7].T + [[JOINT_MARGIN], [-JOINT_MARGIN]]  # rad
 
     # -- setting up
     def reset(self, seed=None, options=None):
@@ -465,12 +462,10 @@ class Env:
         for _ in range(1000):
             self._new_scene(rng)
             self._refresh()
-            requests = self.requests(task, held_out)
-            requests = [request for request in requests if slots.items() <= request[1].items()]
+            requests = self.requests(task, held_out, slots)
             if requests:
                 request = pick(requests, rng)
-                sentence = make_instruction(request, rng, self.split == "phrasing")
-                self.set_request(request, sentence)
+                self.set_request(request, make_instruction(request, rng, self.split == "phrasing"))
                 return self.observe(), self.info()
         raise ValueError(f"no scene allows task {task} with {slots or 'this split'}")
 
@@ -492,7 +487,7 @@ class Env:
         m.cam_fovy += differ(2.0, m.ncam)  # degrees
         m.geom_friction *= 1 + differ(0.3)
         m.dof_damping *= 1 + differ(0.5)
-        m.body_mass[m.geom_bodyid[self.block_geom]] *= 1 + differ(0.5, self.n_blocks)
+        m.body_mass[m.geom_bodyid[self.thing_geom[: self.n_blocks]]] *= 1 + differ(0.5, self.n_blocks)
         servo = 1 + differ(0.25, 7, 1)  # gain and bias together
         m.actuator_gainprm[:7] *= servo
         m.actuator_biasprm[:7] *= servo
@@ -504,8 +499,8 @@ class Env:
     def _new_scene(self, rng):
         m, d, n = self.model, self.data, self.n_blocks
         mujoco.mj_resetData(m, d)
-        names = list(COLORS)
-        self.colors = [*rng.permutation(names)[:n].tolist(), *rng.permutation(names)[:N_PADS].tolist()]
+        colors = [rng.choice([*COLORS], count, replace=False) for count in (n, N_PADS)]
+        self.colors = np.concatenate(colors).tolist()  # of blocks and pads
         blocks = dict(zip(self.colors[:n], range(n)))
         pads = dict(zip(self.colors[n:], range(n, n + N_PADS)))
         # {slot: {word: what it means in this scene}}
@@ -532,12 +527,12 @@ class Env:
         self.delayed = np.eye(len(ACTION_NAMES))[-1]  # the action on its way, if late: open, stay
 
     def _free_spots(self, rng):
-        """Places (n_blocks + N_PADS, 2) m, 10 cm apart at least, pads 12 cm from each other."""
+        """Places (n_blocks + N_PADS, 2) m, 10 cm apart at least."""
         n = self.n_blocks + N_PADS
         while True:
             spots = rng.uniform(*AREA, (n, 2))
             gaps = distance(spots[:, None], spots) + np.eye(n)  # none from itself
-            if gaps.min() > 0.10 and gaps[-N_PADS:, -N_PADS:].min() > 0.12:
+            if gaps.min() > 0.10:
                 return spots
 
     # -- requests
@@ -550,12 +545,12 @@ class Env:
                 raise ValueError(f"there is no {word} {slot} here")
         return [self.words[slot][word] for slot, word in slots.items()]
 
-    def requests(self, task, held_out=False):
+    def requests(self, task, held_out=False, only={}):
         """All requests of a task that could be made now; held_out: True for held-out combinations
-        alone, False for the others, None for both."""
+        alone, False for the others, None for both; only: slots that they must have."""
         found = []
         for slots in slots_of(task, self.words):
-            wanted = held_out in (None, is_held_out(task, slots))
+            wanted = held_out in (None, is_held_out(task, slots)) and only.items() <= slots.items()
             if wanted and TASKS[task].possible(self, *self.resolve(slots)):
                 found.append((task, slots))
         return found
@@ -564,16 +559,16 @@ class Env:
         """What is to be done from now on, and the sentence for it; restarts the clock. Raises
         ValueError if it names what is not there."""
         self.meaning = self.resolve(request[1])  # ValueError before anything changes
-        self.thing = TASKS[request[0]].thing(self, *self.meaning)
+        first = [*request[1]][0]  # slot; what is to be moved is what that names, or the handle
+        self.thing = self.meaning[0] if first in NAMES else self.handle
         self.request = request
         self.task, self.slots = request
         self.instruction = text
         self.steps = 0
         self.done_steps = 0
-        # What has happened since, which lift and push are judged by and no picture shows. The
-        # expert reads none of it.
-        self.touched = None  # colour of the first block to be touched, of those that are not yet
-        self.untouched = ~self.touching
+        # What has happened since, which push is judged by and no picture shows. The expert reads
+        # none of it.
+        self.touched = None  # colour of the first block to be touched
         self.lifted = np.zeros(self.n_blocks, bool)
         self.origin = self.block_pos.copy()  # (n_blocks, 3) m, where each block was
 
@@ -595,15 +590,14 @@ class Env:
         for servos in np.linspace(before, self.q_command, RAMP + 1)[1:]:
             self.data.ctrl[:7] = servos
             mujoco.mj_step(self.model, self.data, SUBSTEPS)
-            self.force = max(self.force, self.data.sensordata[::3].max())  # normal forces
+            self.force = max(self.force, *self.data.sensordata[::3])  # normal forces
         before = self.ee_pos
         self._refresh()
         self.ee_vel = (self.ee_pos - before) * CONTROL_HZ
         self.steps += 1
         self.lifted |= self.is_high()
-        new = np.flatnonzero((self.touching & self.untouched)[: self.n_blocks])
-        if self.touched is None and len(new):
-            self.touched = self.colors[new[0]]
+        for block in np.flatnonzero(self.touching[: self.n_blocks]):
+            self.touched = self.touched or self.colors[block]
         done = TASKS[self.task].success(self, *self.meaning)
         self.done_steps = self.done_steps + 1 if done else 0
         info = self.info()
@@ -626,9 +620,8 @@ class Env:
         error = np.concatenate([target - d.site_xpos[self.hand], turn])
         rest = 0.05 * (HOME - self.q_command)
         dual = np.linalg.solve(jacobian @ jacobian.T + DAMPING, error - jacobian @ rest)
-        low, high = m.jnt_range[:7].T  # rad
         wanted = self.q_command + jacobian.T @ dual + rest
-        self.q_command = wanted.clip(low + JOINT_MARGIN, high - JOINT_MARGIN)
+        self.q_command = wanted.clip(*self.limits)
 
     def _refresh(self):
         """Brings what the rest reads up to date with the state: poses and contacts."""
@@ -664,7 +657,7 @@ class Env:
             task=self.task,
             success=self.done_steps >= SUCCESS_STEPS,
             touched=self.touched,
-            force=float(self.force),
+            force=self.force,
             diverged=bool(self.data.warning.number.any()),
             **self.slots,
         )
@@ -696,7 +689,6 @@ SHUT = 0.012  # m between the fingers: less, and nothing is in the hand
 WIDE = 0.055  # m between the fingers: room for a block
 CLEAR = 0.165  # m, height to which it rises after letting go: 10 cm above a stacked block
 ROOM = 0.075  # m between things, so that the fingers have room to open
-PUT_DOWN = AREA + [[-0.03, 0], [0.03, 0.03]]  # m, where a wrong block may be put
 
 
 def expert(env):
@@ -745,7 +737,7 @@ def approach(hand, across, low, above, gripper):
 
 
 def let_go(env):
-    """Lets go and rises straight up, farther than at_rest wants: towards its end the motion gets
+    """Lets go and rises straight up, farther than success wants: towards its end the motion gets
     slower, and a policy comes to rest before the expert does."""
     return act([0, 0, CLEAR - env.ee_pos[2]], 1)
 
@@ -755,8 +747,8 @@ def grasp(env):
     hand, at = env.ee_pos, env.thing_pos[env.thing]
     across = (at - hand)[:2]
     low = at[2] + GRASP_HEIGHT
-    around = np.hypot(*across) < 0.016 and hand[2] < at[2] + 0.015
-    if around and env.ee_vel[2] > -0.2:
+    calm = env.ee_vel[2] > -0.2
+    if calm and np.hypot(*across) < 0.016 and hand[2] < at[2] + 0.015:
         return act([*across, low - hand[2]], -1)
     if env.opening <= WIDE:
         low = TRAVEL
@@ -784,7 +776,7 @@ def put_away(env):
     crowded = max(ROOM - np.hypot(*away), 0)  # m
     if not crowded and load[2] < HALF + 0.004:
         return let_go(env)
-    spot = (load[:2] + away * (crowded > 0)).clip(*PUT_DOWN)
+    spot = (load[:2] + away * (crowded > 0)).clip(*AREA)
     return carry(env, np.array([*spot, HALF]), 4 * crowded)
 
 
@@ -810,10 +802,6 @@ class Task:
     THERE = 0.0  # m sideways from the target, where the expert lets go
     NEAR = 0.02  # m sideways, where it lowers the thing all the way
 
-    def thing(self, env, first, *others):
-        """The number of what is to be moved."""
-        return first
-
     def expert(self, env, *meaning):
         """An action (4,), with an empty hand or with the thing in it:
 
@@ -821,9 +809,8 @@ class Task:
         | the thing at its target                   | lets go                             |
         | the thing between the fingers             | carries it to its target            |
         | anything else                             | grasps the thing                    |"""
-        at = env.thing_pos[env.thing]
         goal = self.target(env, *meaning)
-        x, y, z = goal - at
+        x, y, z = goal - env.thing_pos[env.thing]
         calm = env.held is None or np.linalg.norm(env.ee_vel) < 0.1  # not while it swings
         if np.hypot(x, y) < self.THERE and abs(z) < 0.004 and calm:
             return let_go(env)
@@ -880,18 +867,13 @@ class Lift(Task):
         return np.array([x, y, self.GOAL])
 
     def success(self, env, block):
-        """High in the gripper, no other block touched before."""
-        high = env.block_pos[block, 2] > self.HEIGHT
-        return env.held == block and high and env.touched in (None, env.colors[block])
+        return env.held == block and env.block_pos[block, 2] > self.HEIGHT
 
 
 class Drawer(Task):
     slots = ("way",)
     THERE = 0.005  # m
     NEAR = 1.0  # m: it stays at its height all the way
-
-    def thing(self, env, opens):
-        return env.handle
 
     def possible(self, env, opens):
         return env.drawer < 0.07 if opens else env.drawer > 0.05
@@ -919,8 +901,8 @@ class Push(Task):
         way = env.block_pos[block, :2] + np.outer([-0.06, 0.04, 0.14], direction)  # (3, 2) m
         others = np.delete(env.block_pos, block, 0)
         gap = distance(others[:, None, :2], way).min()
-        free = graspable(env, block) and not env.is_high()[block] and gap > 0.085
-        return free and inside(way, (0.31, -0.22), (0.70, 0.30))
+        free = gap > 0.085 and inside(way, (0.31, -0.22), (0.70, 0.30))
+        return free and not env.is_high()[block]
 
     def target(self, env, block, direction):
         """Always ahead of it: where it came from cannot be seen."""
@@ -955,7 +937,7 @@ TASKS = dict(pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), dr
 # ------------------------------------------------------------------------------ demonstrations
 NOISE = 0.12  # standard deviation of the white noise on the motion
 PUSH = 0.03  # probability a step of a push: 5 steps of N(0, 0.5)
-SLIP = 0.004  # probability a step of the gripper doing the opposite, 3 steps
+SLIP = 0.004  # probability a step of the gripper opening, for 3 steps
 MISTAKEN = 0.4  # share of demonstrations that begin where an expert that is wrong has led
 MISTAKE = 0.02  # m, standard deviation of where it takes each thing to be
 INTERRUPT = 0.3  # share of requests followed by another, in mid-motion if not done by then
@@ -963,26 +945,21 @@ REQUESTS = 3  # at most, per scene
 NORMAL = 0.35  # share of the scenes that --randomize leaves in the normal world
 
 
-def disturbance(rng, amount=1.0, steps=1000):
+def disturbance(rng, amount=1.0):
     """Noise to be executed with the actions but not recorded, so that demonstrations show how to
-    recover, as in DART (arXiv:1703.09327): of each step what an action (4,) is multiplied by, which
-    turns the gripper round, and what is added. amount: share of NOISE, PUSH and SLIP."""
-    sign, noise = np.ones((steps, 4)), np.zeros((steps, 4))
-    noise[:, :3] = amount * rng.normal(0, NOISE, (steps, 3))
+    recover, as in DART (arXiv:1703.09327): an iterator over what is added to the action of each
+    step, (4,). amount: share of NOISE, PUSH and SLIP."""
+    steps = 1000  # more than a scene has
+    noise = np.zeros((steps, 4))
+    noise[:, :3] = rng.normal(0, amount * NOISE, (steps, 3))
     for start in np.flatnonzero(rng.random(steps) < amount * PUSH):
         noise[start : start + 5, :3] += rng.normal(0, 0.5, 3)
     for start in np.flatnonzero(rng.random(steps) < amount * SLIP):
-        sign[start : start + 3, 3] = -1
-    return zip(sign, noise)
+        noise[start : start + 3, 3] = 2
+    return iter(noise)
 
 
-def disturb(action, stream):
-    """The action with the next of a disturbance()."""
-    sign, noise = next(stream)
-    return (action * sign + noise).clip(-1, 1)
-
-
-def blunder(env, rng, stream):
+def blunder(env, rng, noise):
     """Plays some steps of an expert that is wrong about where things are. They are not recorded,
     but what follows is: how to mend it when the fingers are beside a block, or a block fell off
     another. These are a policy's mistakes, as in DAgger (arXiv:1011.0686), without a policy."""
@@ -990,9 +967,9 @@ def blunder(env, rng, stream):
     error[:, :2] = rng.normal(0, MISTAKE, (len(error), 2))
     cameras, env.cameras = env.cameras, {}  # these pictures would be thrown away
     for _ in range(rng.integers(4, 60)):
-        in_hand = np.arange(len(error)) == env.held
-        env.thing_pos += error * ~in_hand[:, None]  # until step() sees where they really are
-        env.step(disturb(expert(env), stream))
+        others = np.arange(len(error)) != env.held  # than the one in the hand
+        env.thing_pos[others] += error[others]  # until step() sees where they really are
+        env.step(expert(env) + next(noise))
     env.cameras = cameras
     env.set_request(env.request, env.instruction)  # restarts the clock
 
@@ -1004,13 +981,13 @@ def demonstrate(env, seed, randomize=0.0):
     any of the tasks, interrupts it. The expert sometimes fails; that is left out, and the scene
     ends there. randomize: how much the world may differ, in all scenes but the NORMAL share."""
     rng = np.random.default_rng([seed, 1])
-    stream = disturbance(rng)
+    noise = disturbance(rng)
     env.randomize = randomize * (rng.random() >= NORMAL)
     env.reset(seed)
     env.pixel_noise = 0.0  # does not compress; train.py adds it
     for _ in range(REQUESTS):
         if rng.random() < MISTAKEN:
-            blunder(env, rng, stream)
+            blunder(env, rng, noise)
         obs = env.observe()
         interrupt = rng.random() < INTERRUPT
         frames = []
@@ -1019,7 +996,7 @@ def demonstrate(env, seed, randomize=0.0):
             frame = {f"observations/{key}": value for key, value in obs.items()}
             for name, camera in env.cameras.items():
                 frame[f"cameras/{name}"] = camera.matrix(env.data).astype(np.float32)
-            obs, reward, terminated, truncated, info = env.step(disturb(action, stream))
+            obs, reward, terminated, truncated, info = env.step(action + next(noise))
             frames.append(frame | dict(actions=action, rewards=np.float32(reward)))
             if terminated or truncated:
                 break
@@ -1037,7 +1014,6 @@ def demonstrate(env, seed, randomize=0.0):
         )
         yield attrs, frames
         requests = env.requests(pick(env.tasks, rng))
-        requests = [request for request in requests if request != env.request]
         if not interrupt or not requests:
             return
         request = pick(requests, rng)
@@ -1098,8 +1074,7 @@ def record_file(job):
         with h5py.File(path) as file:
             if file["data"].attrs["env_args"] != env_args:
                 raise ValueError(
-                    f"{path} was recorded with other settings, or by another gen_data.py or "
-                    f"grammar; delete {path.parent} or choose another --out"
+                    f"{path} is of other settings, code or grammar; delete it or change --out"
                 )
             return len(file["data"])
     settings = json.loads(env_args)
@@ -1116,6 +1091,7 @@ def record_file(job):
         for name, wordings in draw_wordings(env.tasks, rng, WORDINGS).items():
             file[f"wordings/{name}"] = wordings
         file["data"].attrs.update(total=samples, env_args=env_args)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")  # an earlier run may still be ending
     part.write_bytes(buffer.getbuffer())
     part.replace(path)
@@ -1132,7 +1108,7 @@ def explain_errors():
         atexit._run_exitfuncs()  # os._exit would not
         if kind is KeyboardInterrupt:
             os._exit(130)
-        mendable = issubclass(kind, (ValueError, OSError, MemoryError, KeyError))
+        mendable = issubclass(kind, (ValueError, OSError, KeyError))
         if not mendable or "PICOVLA_TRACEBACK" in os.environ:
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
@@ -1153,7 +1129,7 @@ if __name__ == "__main__":
     add("--episodes", type=int, default=1500, help="demonstrations (default 1500)")
     add("--out", type=Path, help="folder for their files (default data/TASKS)")
     add("--tasks", default="pick_place", help=f"all, or a comma list of {', '.join(TASKS)}")
-    add("--cameras", default="front,wrist", help=f"comma list of {', '.join(CAMERAS)}")
+    add("--cameras", default="front,wrist", help="comma list of front, wrist, top")
     add(
         "--randomize",
         type=float,
@@ -1161,21 +1137,14 @@ if __name__ == "__main__":
         help="how much the world differs in two scenes of three, 0 to 1 (default 0)",
     )
     add("--seed", type=int, default=0, help="which 100,000 scenes to draw from (default 0)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default all cores)")
+    add("--workers", type=int, help="processes (default all cores)")
     args = parser.parse_args()
-    if args.episodes < 1 or not 0 <= args.randomize <= 1:
-        raise ValueError("--episodes must be at least 1, and --randomize from 0 to 1")
     # Files that are there already stay, so the same command carries on. What is in a file depends
     # on its own scenes alone, not on the number of workers.
-    world = dict(
-        tasks=choose(args.tasks, TASKS),
-        cameras=choose(args.cameras, CAMERAS),
-        randomize=args.randomize,
-    )
-    code = hashlib.sha1(Path(__file__).read_bytes() + GRAMMAR.read_bytes()).hexdigest()[:12]
+    world = dict(tasks=args.tasks, cameras=args.cameras, randomize=args.randomize)
+    code = zlib.crc32(Path(__file__).read_bytes() + GRAMMAR.read_bytes())
     env_args = dict(env_name="picovla", type=2, env_kwargs=world, code=code)  # 2: robomimic's Gym
     out = args.out or Path("data", args.tasks)
-    out.mkdir(parents=True, exist_ok=True)
     jobs = []
     for start in range(0, args.episodes, EPISODES):
         env_args["first_seed"] = DEMO_SEED + 100_000 * args.seed + SCENES * len(jobs)
@@ -1185,5 +1154,4 @@ if __name__ == "__main__":
     # Ctrl-C is for the main process, which ends the others.
     with spawn.Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         totals = list(tqdm(pool.imap(record_file, jobs), "files", len(jobs), disable=None))
-    size = sum(path.stat().st_size for path, _ in jobs) / 1e6
-    print(f"{out}: {sum(totals)} demonstrations in {len(jobs)} files, {size:.0f} MB")
+    print(f"{out}: {sum(totals)} demonstrations in {len(jobs)} files")

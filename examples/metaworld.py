@@ -49,7 +49,7 @@ except (ImportError, AttributeError, RuntimeError) as error:
     sys.exit(f"metaworld.py: MuJoCo does not start, perhaps for lack of OpenGL: {error}")
 
 from eval import percent
-from gen_data import RayCamera, disturb, disturbance, explain_errors, write_episode
+from gen_data import RayCamera, disturbance, explain_errors, write_episode
 from model import Policy
 from play import save
 
@@ -161,18 +161,18 @@ class Scene:
 
 # ----------------------------------------------------------------------------------- recording
 def demonstrate(scene, seed, look):
-    """Arrays of write_episode, with noise on what is done and none on what is recorded; without
+    """Frames of write_episode, with noise on what is done and none on what is recorded; without
     pictures unless it is to `look`; None if the expert failed. Some episodes begin where a mistaken
     expert has led."""
     rng = np.random.default_rng([seed, 1])
-    stream = disturbance(rng, NOISE)
+    noise = disturbance(rng, NOISE)
     scene.reset(seed)
     if rng.random() < MISTAKEN:
         # Not recorded; only the recovery is, from fingers beside the thing or, after a push, which
         # half of them get, from far off: a policy's mistakes, as in gen_data.py's blunder.
         mistake, push = rng.normal(0, MISTAKE, 35), rng.normal(size=4)
         for _ in range(rng.integers(20, 80)):
-            scene.step(disturb(scene.ask_expert(mistake), stream))
+            scene.step(scene.ask_expert(mistake) + next(noise))
         for _ in range(rng.integers(-50, 50)):
             scene.step(push)
         scene.env.curr_path_length = 0  # steps; beyond 500 it raises an error
@@ -183,9 +183,9 @@ def demonstrate(scene, seed, look):
         for name in CAMERAS:
             frame[f"cameras/{name}"] = scene.matrix(name).astype(np.float32)
         frames.append(frame | dict(actions=action))
-        done |= scene.step(disturb(action, stream))
+        done |= scene.step(action + next(noise))
         more -= done * max(np.abs(action[:3]).max(), CREEP)
-    return {key: np.stack([frame[key] for frame in frames]) for key in frames[0]} if done else None
+    return frames if done else None
 
 
 def record_task(job):
@@ -208,8 +208,8 @@ def record_task(job):
         for seed in range(2 * args.demos):  # experts may fail, after mistakes above all
             # Drawing takes most of the time, and failures are long: first without.
             if total < args.demos and demonstrate(scene, seed, look=False):
-                arrays = demonstrate(scene, seed, look=True)
-                write_episode(file, total, about | dict(scene_seed=seed), arrays)
+                frames = demonstrate(scene, seed, look=True)
+                write_episode(file, total, about | dict(scene_seed=seed), frames)
                 total += 1
         file[f"wordings/{task}"] = [official, *TASKS[task]["heard"]]
         file.attrs.update(
