@@ -17,9 +17,9 @@ and everything else, and the head turns all that into several chunks of K action
 drawn.
 
 Dimension letters, used everywhere: B moments in a batch, V views (pictures of a moment: every
-camera's newest, then the ones before), H W pixels, P patches of all views, U sentences, L text
-tokens, N tokens of any kind, C width, S state numbers, G goal numbers, K actions in a chunk, A
-numbers in an action; n numbers of a token.
+camera's newest, then the ones before), H W pixels, P patches of all views, of which some are
+`kept`, U sentences, L text tokens, N tokens of any kind, C width, S state numbers, G goal numbers,
+K actions in a chunk, A numbers in an action; n numbers of a token.
 """
 
 import math
@@ -434,11 +434,11 @@ def head_mlp(config, inputs, outputs):
 
 class Mixture(nn.Module):
     """Several candidate chunks and their probabilities: a mixture density network (Bishop, 1994) of
-    Laplace distributions of a chunk's mean error. Where an expert acts now in one way and now in
-    another, the median may be neither."""
+    Laplace distributions of a chunk's mean error, or of normal ones if loss is mse. Where an expert
+    acts now in one way and now in another, the median may be neither."""
 
     MODES = 4
-    SCALE = 0.05  # of the Laplace distributions, in units of an action
+    SCALE = 0.05  # of these distributions, in units of an action
     dice = np.random.default_rng(0)  # Policy.reset() brings those of an episode
 
     def __init__(self, config, size):
