@@ -17,19 +17,17 @@ and everything else, and the head turns all that into several chunks of K action
 drawn.
 
 Dimension letters, used everywhere: B moments in a batch, V views (pictures of a moment: every
-camera's newest, then the ones before), H W pixels, P patches of all views, U sentences, L text
-tokens, N tokens of any kind, C width, S state numbers, G goal numbers, K actions in a chunk, A
-numbers in an action; n numbers of a token.
+camera's newest, then the ones before), H W pixels, P patches of all views, of which some are
+`kept`, U sentences, L text tokens, N tokens of any kind, C width, S state numbers, G goal numbers,
+K actions in a chunk, A numbers in an action; n numbers of a token.
 """
 
-import dataclasses
-import io
 import math
 import pickle
 import re
 import subprocess
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -78,9 +76,9 @@ class Config:
     layers: int = 2  # of each encoder
     # action head
     head: str = "mixture"  # several chunks; regression (continuous), bins (tokens), or flow
-    head_layers: int = 3  # hidden layers of the head; one more if flow
-    head_width: int = 256  # numbers in a hidden layer of the head, or of bc
-    loss: str = "l1"  # of the continuous head, or mse
+    head_layers: int = 3  # hidden layers of the head
+    head_width: int = 256  # numbers in each of them
+    loss: str = "l1"  # of the mixture and the continuous head, or mse
     bins: int = 256  # of the head of tokens, for each number of an action
     flow_steps: int = 4  # integration steps of the flow head
     chunk: int = 8  # K, actions predicted in a forward pass
@@ -101,7 +99,7 @@ class Config:
 
     @property
     def max_text(self):
-        """L; shorter sentences are padded to it."""
+        """Tokens of a sentence, at most."""
         return 200 if self.text == "char" else 40
 
     @property
@@ -114,38 +112,36 @@ class Config:
 
 # -------------------------------------------------------------------------------------- text
 WORD = r"\w+(?:'\w+)*"
-NGRAMS = 24  # numbers of a token, at most
+NGRAMS = 24  # numbers of a token
 
 
-def split(text):
-    return re.findall(WORD, text.lower().replace("’", "'"))
+def split(sentence):
+    return re.findall(WORD, sentence.lower().replace("’", "'"))
 
 
 @cache
 def ngrams(word, buckets):
-    """Numbers of a word and of its parts of 3 to 5 letters, hashed, as in fastText
-    (arXiv:1607.04606), so that no word is unknown and a misspelt one is much like itself."""
+    """NGRAMS numbers of a word: of itself and its parts of 3 to 5 letters, hashed, as in fastText
+    (arXiv:1607.04606), so that no word is unknown and a misspelt one is much like itself; 0 is
+    padding."""
     word = f"<{word}>"
     parts = [word]
     for n in (3, 4, 5):
         parts += [word[i : i + n] for i in range(len(word) - n + 1)]
-    return [1 + zlib.crc32(part.encode()) % (buckets - 1) for part in dict.fromkeys(parts)]
+    numbers = [1 + zlib.crc32(part.encode()) % (buckets - 1) for part in dict.fromkeys(parts)]
+    return (numbers + [0] * NGRAMS)[:NGRAMS]
 
 
-def tokenize(text, config):
-    """Sentence to (L, NGRAMS) int64: of each word its ngrams, or of each letter one number; 0 is
-    padding. Raises ValueError for a sentence that is too long."""
-    words = split(text)
+def tokenize(sentence, config):
+    """A sentence to (L, NGRAMS) int64: of each word, or letter, its ngrams. One without words is one
+    row of padding. Raises ValueError for a sentence that is too long."""
+    tokens = split(sentence)
     if config.text == "char":
-        tokens = [[1 + ord(letter) % (config.buckets - 1)] for letter in " ".join(words)]
-    else:
-        tokens = [ngrams(word, config.buckets) for word in words]
+        tokens = " ".join(tokens)
     if len(tokens) > config.max_text:
-        raise ValueError(f"longer than {config.max_text} {config.text}s: {text!r}")
-    rows = np.zeros((config.max_text, NGRAMS), np.int64)
-    for row, token in zip(rows, tokens):
-        row[: len(token)] = token[:NGRAMS]
-    return torch.from_numpy(rows)
+        raise ValueError(f"longer than {config.max_text} {config.text}s: {sentence!r}")
+    rows = [ngrams(token, config.buckets) for token in tokens]
+    return torch.tensor(rows or [[0] * NGRAMS])
 
 
 # -------------------------------------------------------------------------------------- parts
@@ -156,8 +152,9 @@ def squared_relu(x):
 def block(config):
     """Pre-norm transformer layer. Its outputs start at zero, so that it starts as the identity."""
     C = config.width
-    options = dict(dropout=0.0, activation=squared_relu, batch_first=True, norm_first=True)
-    layer = nn.TransformerEncoderLayer(C, config.heads, 4 * C, **options)
+    layer = nn.TransformerEncoderLayer(
+        C, config.heads, 4 * C, 0.0, squared_relu, batch_first=True, norm_first=True
+    )
     # What is added to every key alike changes no attention, so nothing but rounding would move the
     # biases of keys; Adam made that large steps, until bf16 could not tell logits apart.
     layer.self_attn.in_proj_bias = None
@@ -205,8 +202,8 @@ EMBEDDINGS = dict(vit_stem=stem, vit=linear, cnn=cnn)
 
 
 class Vision(nn.Module):
-    """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C), which of the P patches of all views
-    they are, (B, kept), and where their middles are, (B, kept, 2), y and x, 0..1.
+    """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C), and which of the P patches of all views
+    they are, (B, kept).
 
     Bare table is most of every picture. Only the patches with the pixels farthest from the
     picture's median colour become tokens, which halves the work. A CNN gives one token for each
@@ -214,45 +211,43 @@ class Vision(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        V, C = len(config.cameras) * config.frames, config.width
+        V = len(config.cameras) * config.frames
         self.register_buffer("image_mean", torch.full((V, 3, 1, 1), 127.0))
         self.register_buffer("image_std", torch.full((V, 3, 1, 1), 64.0))
-        whole = config.vision == "cnn"
+        whole = config.vision == "cnn"  # its only patch is the picture
         self.patch = config.image_size if whole else config.patch  # px
-        self.margin = CELL * (config.vision == "vit_stem")  # px that are seen above and to the left
+        self.margin = CELL if config.vision == "vit_stem" else 0  # px seen above and to the left
         self.side = config.image_size // self.patch  # patches across a picture
         self.patches = V * self.side**2  # P
         self.keep = min(config.keep_patches * config.frames, self.patches)
-        self.embed = EMBEDDINGS[config.vision](self.patch, C)
-        self.view = nn.Parameter(torch.randn(V, C) * 0.02)
+        self.embed = EMBEDDINGS[config.vision](self.patch, config.width)
+        self.view = nn.Parameter(torch.randn(V, config.width) * 0.02)
         self.blocks = encoder(config, 0 if whole else config.layers)
 
     def forward(self, images, shift):
-        """shift (B, V, 2), y and x: by how much pictures were shifted, as a share of their size.
-        The places of patches are those before that."""
+        """shift (B, 2), y and x: by how much the pictures of a moment were shifted, as a share of
+        their size. Tokens say where patches were before that."""
         x = images.movedim(4, 2).float()  # (B, V, 3, H, W)
-        kept = self.score(x).topk(self.keep).indices.sort().values
-        view, patch = kept // self.side**2, kept % self.side**2
-        cell = torch.stack([patch // self.side, patch % self.side], 2)  # (B, kept, 2), y and x
+        kept = self.score(x).topk(self.keep).indices
+        view, row, column = torch.unravel_index(kept, (x.shape[1], self.side, self.side))
 
         x = (x - self.image_mean) / self.image_std
         x = F.pad(x, (self.margin, 0, self.margin, 0, 0, 0), "replicate")
         size = self.patch + self.margin
-        windows = x.unfold(3, size, self.patch).unfold(
-            4, size, self.patch
-        )  # of all patches, not copied
-        batch = torch.arange(len(images), device=images.device)[:, None]
-        chosen = windows[batch, view, :, cell[..., 0], cell[..., 1]]  # (B, kept, 3, size, size)
+        # The windows of all patches, (B, V, 3, side, side, size, size), of which few are copied.
+        windows = x.unfold(3, size, self.patch).unfold(4, size, self.patch)
+        moment = torch.arange(len(x), device=x.device)[:, None]
+        chosen = windows[moment, view, :, row, column]  # (B, kept, 3, size, size)
         x = self.embed(chosen.flatten(0, 1)).unflatten(0, kept.shape)
-        cell = cell - self.side * shift.take_along_dim(view[..., None], 1)
-        x = x + F.embedding(view, self.view) + sincos_2d(cell, x.shape[2])
-        return self.blocks(x), kept, (cell + 0.5) / self.side
+        place = torch.stack([row, column], 2) - self.side * shift[:, None]
+        x = x + self.view[view] + sincos_2d(place, x.shape[2])
+        return self.blocks(x), kept
 
     def score(self, x):
         """How far from its picture's median colour each patch of (B, V, 3, H, W) has a pixel, (B,
         P)."""
         half = F.avg_pool2d(x.flatten(0, 1), 2)  # with less noise
-        some = half[:, :, ::4, ::4].flatten(2)  # a few pixels are enough for a median
+        some = half[..., ::4, ::4].flatten(2)  # a few pixels are enough for a median
         distance = (half - some.median(2).values[..., None, None]).abs().amax(1)
         return F.max_pool2d(distance, self.patch // 2).view(len(x), -1)
 
@@ -276,8 +271,7 @@ class Text(nn.Module):
         super().__init__()
         C = config.width
         self.table = nn.EmbeddingBag(config.buckets, C, mode="sum", padding_idx=0)
-        nn.init.normal_(self.table.weight, std=0.3)
-        nn.init.zeros_(self.table.weight[0])
+        self.table.weight.data *= 0.3  # of row 0, padding, too: it is zero
         self.neighbours = nn.Conv1d(C, C, 5, padding=2)
         self.lstm = None
         if config.text_encoder == "lstm":
@@ -298,15 +292,20 @@ class Text(nn.Module):
             return self.lstm(words)[0] * real
         words = words + self.position[: text.shape[1]]
         padding = ~real[..., 0]
-        padding[:, 0] = False  # an empty sentence attends to something, too
+        padding[:, 0] = False  # a sentence without words attends to something, too
         for layer in self.blocks:
             words = layer(words, src_key_padding_mask=padding)
         return words * real
 
 
+def is_padding(tokens):
+    """Which of the tokens (B, N, C) are none, (B, N) bool: Text makes words zero there."""
+    return (tokens == 0).all(2)
+
+
 def mean_word(words):
-    """(U, L, C) to (U, C), without the padding, which is zero."""
-    n = (words != 0).any(2).sum(1, keepdim=True)
+    """(U, L, C) to (U, C)."""
+    n = (~is_padding(words)).sum(1, keepdim=True)
     return words.sum(1) / n.clamp_min(1)
 
 
@@ -321,6 +320,7 @@ class Pointers(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.width
+        self.scale = C**-0.5
         self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
         self.query = nn.Linear(C, C)
         self.word_norm = nn.LayerNorm(C)
@@ -328,31 +328,33 @@ class Pointers(nn.Module):
         self.patch_norm = nn.LayerNorm(C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
 
-    def read(self, words, names, padding):
-        """Words in their context and bare names, (U, L, C) each, padding (U, L) bool: queries
-        (U, 2, C), and how much of its name each pointer finds at each word, (U, 2, L), of sum 1."""
-        words = self.word_norm(words)
-        logits = words @ self.roles.T * self.roles.shape[1] ** -0.5
-        reading = (logits - 1e4 * padding[..., None]).softmax(1).mT
-        return self.query(reading @ (words + names)), reading
+    def read(self, words, names):
+        """Words in their context and the bare names, (U, L, C) each, to queries (U, 2, C), and how
+        much of its name each pointer finds at each word, (U, 2, L), of sum 1."""
+        context = self.word_norm(words)
+        logits = context @ self.roles.T * self.scale  # (U, L, 2)
+        logits = logits.masked_fill(is_padding(words)[..., None], -1e4)
+        reading = logits.softmax(1).mT
+        return self.query(reading @ (context + names)), reading
 
     def forward(self, queries, patches):
         """Queries (B, 2, C) and patches (B, kept, C) to what they point at, (B, 2, C), and their
         log-attention (B, 2, kept)."""
         keys = self.key(self.patch_norm(patches))
-        logits = queries @ keys.mT * queries.shape[-1] ** -0.5
+        logits = queries @ keys.mT * self.scale
         return logits.softmax(-1) @ patches, logits.log_softmax(-1)
 
 
-def spatial_softmax(attention, view, place):
-    """Where pointers look (arXiv:1509.06113), (B, 2 * 3 V), from their log-attention (B, 2, kept):
-    of each, in each view, how much of its attention is there, and the mean place of that, y and x
-    from the picture's middle. view (B, kept, V) one-hot and place (B, kept, 2) 0..1: of the
-    patches."""
-    share = attention.float().exp()[..., None] * view[:, None]  # (B, 2, kept, V)
-    total = share.sum(2)[..., None]  # (B, 2, V, 1)
+def spatial_softmax(attention, side, shift):
+    """Where pointers look (arXiv:1509.06113), (B, 2 * 3 V), from their log-attention (B, 2, P): of
+    each, in each view, how much of its attention is there, and the mean place of that, y and x from
+    the picture's middle, as it was before the shift (B, 2)."""
+    share = attention.float().exp().unflatten(2, (-1, side**2))  # (B, 2, V, side * side)
+    middle = (torch.arange(side, device=shift.device) + 0.5) / side - 0.5
+    place = torch.cartesian_prod(middle, middle) - shift[:, None]  # (B, side * side, 2)
+    total = share.sum(3, keepdim=True)  # (B, 2, V, 1)
     # A sum, not a matrix product, which bf16 would make too coarse.
-    place = (share[..., None] * (place - 0.5)[:, None, :, None]).sum(2)  # (B, 2, V, 2)
+    place = (share[..., None] * place[:, None, None]).sum(3)  # (B, 2, V, 2)
     return torch.cat([total, place / (total + 1e-3)], 3).flatten(1)
 
 
@@ -371,7 +373,7 @@ class Transformer(nn.Module):
     def forward(self, patches, words, others):
         cls = self.cls.expand(len(words), 1, -1)
         x = torch.cat([cls, others, patches, words], 1)
-        padding = F.pad((words == 0).all(2), (x.shape[1] - words.shape[1], 0), value=False)
+        padding = is_padding(x)
         for layer in self.blocks:
             x = layer(x, src_key_padding_mask=padding)
         return self.norm(x[:, 0])
@@ -422,29 +424,55 @@ FUSIONS = dict(attention=Attention, transformer=Transformer, concat=Concat, mult
 
 
 # -------------------------------------------------------------------------------- action heads
-# A head has forward(features), the actions (B, K, A) in [-1, 1], and error(features, target,
-# valid), what is trained: one number for each number of the actions, which train.py weights and
-# averages. Of the targets (B, K, A) only the `valid` (B, K) bool count.
-def chunk_mlp(config, size, layers, last=()):
-    """An MLP with `layers` hidden layers that ends in (K, A, *last) numbers."""
-    shape = config.chunk, config.action_size, *last
-    sizes = [size, *[config.head_width] * layers, math.prod(shape)]
-    return mlp(*sizes).append(nn.Unflatten(1, shape))
+# A head has forward(features), a chunk of actions (B, K, A) in [-1, 1], and error(features, target,
+# valid), what is trained: one number for each number of the chunk, which train.py averages. Of the
+# target (B, K, A) only the `valid` (B, K) bool count.
+def head_mlp(config, inputs, outputs):
+    hidden = [config.head_width] * config.head_layers
+    return mlp(inputs, *hidden, outputs)
 
 
-class Continuous(nn.Module):
-    """Regression."""
+class Mixture(nn.Module):
+    """Several candidate chunks and their probabilities: a mixture density network (Bishop, 1994) of
+    Laplace distributions of a chunk's mean error, or of normal ones if loss is mse. Where an expert
+    acts now in one way and now in another, the median may be neither."""
+
+    MODES = 4
+    SCALE = 0.05  # of these distributions, in units of an action
+    dice = np.random.default_rng(0)  # Policy.reset() brings those of an episode
 
     def __init__(self, config, size):
         super().__init__()
         self.loss = dict(l1=torch.abs, mse=torch.square)[config.loss]
-        self.net = chunk_mlp(config, size, config.head_layers)
+        self.shape = config.chunk, config.action_size, self.MODES
+        self.net = head_mlp(config, size, self.MODES + math.prod(self.shape))
+
+    def modes(self, x):
+        """Features (B, size) to log-probabilities (B, MODES) and chunks (B, K, A, MODES)."""
+        logits, chunks = self.net(x).float().tensor_split([self.MODES], 1)
+        return logits.log_softmax(1), chunks.unflatten(1, self.shape).tanh()
 
     def forward(self, x):
-        return self.net(x).tanh()
+        """One of the chunks, drawn by their probabilities."""
+        log_prob, chunks = self.modes(x)
+        drawn = [self.dice.choice(self.MODES, p=p) for p in log_prob.exp().numpy(force=True)]
+        return chunks[torch.arange(len(x)), ..., drawn]
 
     def error(self, x, target, valid):
-        return self.loss(self(x).float() - target)
+        """The negative log-likelihood of the target, in units of an action, which is one number for
+        all of a chunk."""
+        log_prob, chunks = self.modes(x)
+        error = self.loss(chunks - target[..., None]).mean(2)  # (B, K, MODES)
+        valid = valid[..., None]
+        cost = (error * valid).sum(1) / valid.sum(1)  # (B, MODES)
+        log_likelihood = (log_prob - cost / self.SCALE).logsumexp(1)
+        return -self.SCALE * log_likelihood[:, None, None].expand_as(target)
+
+
+class Continuous(Mixture):
+    """Regression, a mixture of one: the negative log-likelihood is the mean error of the chunk."""
+
+    MODES = 1
 
 
 class Tokens(nn.Module):
@@ -454,7 +482,8 @@ class Tokens(nn.Module):
     def __init__(self, config, size):
         super().__init__()
         self.bins = config.bins
-        self.net = chunk_mlp(config, size, config.head_layers, (self.bins,))
+        shape = config.chunk, config.action_size, self.bins
+        self.net = head_mlp(config, size, math.prod(shape)).append(nn.Unflatten(1, shape))
 
     def forward(self, x):
         return (self.net(x).argmax(-1) + 0.5) * (2 / self.bins) - 1  # the middle of the bin
@@ -473,12 +502,12 @@ class Flow(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("noise", torch.randn(config.chunk, config.action_size))
-        inputs = size + self.noise.numel() + 1
-        self.net = chunk_mlp(config, inputs, config.head_layers + 1)
+        numbers = self.noise.numel()
+        self.net = head_mlp(config, size + numbers + 1, numbers)
 
     def velocity(self, x, actions, time):
         """Features (B, size), actions on their way (B, K, A), time (B, 1) from 0, noise, to 1."""
-        return self.net(torch.cat([x, actions.flatten(1), time], 1))
+        return self.net(torch.cat([x, actions.flatten(1), time], 1)).view_as(actions)
 
     def forward(self, x):
         actions = self.noise.expand(len(x), -1, -1)
@@ -495,54 +524,20 @@ class Flow(nn.Module):
         return (self.velocity(x, between, time).float() - (target - noise)).square()
 
 
-class Mixture(nn.Module):
-    """Several candidate chunks and their probabilities: a mixture density network (Bishop, 1994) of
-    Laplace distributions of a chunk's mean error. Where an expert acts now in one way and now in
-    another, the median may be neither."""
-
-    MODES = 4
-    SCALE = 0.05  # of the Laplace distributions, in units of an action
-
-    def __init__(self, config, size):
-        super().__init__()
-        self.dice = np.random.default_rng(0)  # Policy.reset() takes another
-        self.shape = config.chunk, config.action_size, self.MODES
-        hidden = [config.head_width] * config.head_layers
-        self.net = mlp(size, *hidden, self.MODES + math.prod(self.shape))
-
-    def modes(self, x):
-        """Features (B, size) to log-probabilities (B, MODES) and chunks (B, K, A, MODES)."""
-        logits, chunks = self.net(x).float().tensor_split([self.MODES], 1)
-        return logits.log_softmax(1), chunks.unflatten(1, self.shape).tanh()
-
-    def forward(self, x):
-        """One of them, drawn by their probabilities."""
-        log_prob, chunks = self.modes(x)
-        below = log_prob.exp().cumsum(1) <= self.dice.random()
-        mode = below.sum(1).clamp_max(self.MODES - 1)
-        return chunks[torch.arange(len(x)), ..., mode]
-
-    def error(self, x, target, valid):
-        log_prob, chunks = self.modes(x)
-        error = (chunks - target[..., None]).abs()
-        cost = (error.mean(2) * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)
-        share = (
-            (log_prob - cost / self.SCALE).softmax(1).detach()
-        )  # that each mode is responsible for
-        cross_entropy = -(share * log_prob).sum(1)
-        return (error * share[:, None, None]).sum(3) + self.SCALE * cross_entropy[:, None, None]
-
-
 HEADS = dict(mixture=Mixture, continuous=Continuous, tokens=Tokens, flow=Flow)
 
 
 # ---------------------------------------------------------------------------------- policies
 class Policy(nn.Module):
-    """What the VLA and the baseline share: acting in an episode, saving, loading."""
+    """What the VLA and the baseline share: acting in an episode, saving, loading.
 
-    def __init__(self, config):
+    predict() is called at every control step. Now and then it calls look(), for which forward()
+    turns what read_observations() and hear() give into a chunk of actions."""
+
+    def __init__(self, config, head):
         super().__init__()
         self.config = config
+        self.head = head
         self.register_buffer("state_mean", torch.zeros(config.state_size))
         self.register_buffer("state_std", torch.ones(config.state_size))
         self.reset()
@@ -552,16 +547,36 @@ class Policy(nn.Module):
         self.sentence = None
         self.chunks = []  # actions still to come, (k, A) each
         self.history = []  # the last observations, newest first
-        self.dice = np.random.default_rng(seed)
+        self.head.dice = np.random.default_rng(seed)
 
-    def normalize(self, state):
-        return (state - self.state_mean) / self.state_std
+    def predict(self, obs, language=None):
+        """One action (A,) float32 in [-1, 1] for an observation dict and a sentence. There is a
+        forward pass when the actions of the last one are used up or the sentence is another. Raises
+        ValueError for a sentence that is too long, or an observation that it cannot read."""
+        config = self.config
+        if language != self.sentence:
+            self.chunks = []
+        self.sentence = language
+        self.history = [obs, *self.history][: config.frames]
+        if config.ensemble or not self.chunks:
+            chunk = self.look(self.history, language)["actions"][0].numpy(force=True)  # (K, A)
+            self.chunks.append(chunk[: config.executed])
+        weights = np.exp(-0.01 * np.arange(len(self.chunks)))  # the oldest most: arXiv:2304.13705
+        action = np.average([chunk[0] for chunk in self.chunks], 0, weights)
+        self.chunks = [chunk[1:] for chunk in self.chunks if len(chunk) > 1]
+        return action.astype(np.float32)
+
+    @torch.inference_mode()
+    def look(self, history, sentence):
+        """What forward() makes of one moment: of the last observations, newest first, and of a
+        sentence."""
+        return self(self.read_observations(history) | dict(heard=self.hear(sentence)))
 
     def read_observations(self, history):
-        """Observation dicts, newest first, to images (1, V, H, W, 3) uint8 and state (1, S). Where
-        there are fewer than config.frames, the oldest is repeated."""
-        config, device = self.config, self.state_mean.device
-        history = [*history, *[history[-1]] * config.frames][: config.frames]
+        """Observation dicts, newest first, to a batch of one moment: images, shift, state, sentence,
+        see VLA.forward. Where there are fewer than config.frames, the oldest is repeated."""
+        config = self.config
+        history = history + history[-1:] * (config.frames - len(history))
         images = [obs[f"{name}_image"] for obs in history for name in config.cameras]
         size = config.image_size
         for image in images:
@@ -570,59 +585,58 @@ class Policy(nn.Module):
         state = np.concatenate([np.ravel(history[0][key]) for key in config.state_keys])
         if len(state) != config.state_size or not np.isfinite(state).all():
             raise ValueError(f"{config.state_keys} are {config.state_size} finite numbers")
-        state = torch.tensor(state[None], dtype=torch.float32, device=device)
-        return torch.tensor(np.array(images)[None], device=device), state
+        moment = dict(
+            images=torch.from_numpy(np.array(images, np.uint8)),
+            shift=torch.zeros(2),
+            state=torch.from_numpy(state).float(),
+            sentence=torch.tensor(0),  # the first and only one
+        )
+        return {name: tensor[None].to(self.state_mean.device) for name, tensor in moment.items()}
 
-    def predict(self, obs, language=None):
-        """One action (A,) float32 in [-1, 1] for an observation dict and a sentence. There is a
-        forward pass when the actions of the last one are used up or the sentence is another. Raises
-        ValueError for a sentence that is too long, or an observation that it cannot read."""
-        config = self.config
-        if language != self.sentence:
-            self.sentence, self.chunks, self.history = language, [], []
-        self.history = [obs, *self.history][: config.frames]
-        if config.ensemble or not self.chunks:
-            chunk = self.plan(self.history, language)
-            self.chunks.append(chunk[: config.executed])
-        weights = np.exp(-0.01 * np.arange(len(self.chunks)))  # the oldest most: arXiv:2304.13705
-        action = np.average([chunk[0] for chunk in self.chunks], 0, weights)
-        self.chunks = [chunk[1:] for chunk in self.chunks if len(chunk) > 1]
-        return action.astype(np.float32)
+    def hear(self, sentence):
+        """What the policy makes of a sentence, a dict, see VLA.encode_text; the baseline: nothing."""
+        return {}
+
+    def act(self, features, batch):
+        """How forward() ends: in actions (B, K, A), or with a target the head's error (B, K, A)."""
+        if "target" in batch:
+            return dict(error=self.head.error(features, batch["target"], batch["valid"]))
+        return dict(actions=self.head(features))
 
     def understands(self, sentence):
         """The probability that a sentence asks for something that was taught."""
-        return 1.0
+        heard = self.hear(sentence)
+        if "intent" not in heard:
+            return 1.0
+        return 1 - heard["intent"].softmax(1)[0, -1].item()
 
     def save(self, path, **extra):
         """Writes config, weights and `extra` (plain values) to one file that load() opens."""
-        config = dataclasses.asdict(self.config)
-        save_file(path, dict(config=config, weights=self.state_dict(), **extra))
+        save_file(path, dict(config=asdict(self.config), weights=self.state_dict(), **extra))
 
     @staticmethod
-    def load(path=None, device="cpu"):
+    def load(path=None):
         """The policy (VLA or BC) in a checkpoint of train.py; without a path, out/ckpt.pt or else
-        the one in assets/. Raises ValueError with a sentence for the user."""
+        the one in assets/."""
         if path is None:
             path = Path("out/ckpt.pt")
             if not path.exists():
                 path = Path(__file__).parent / "assets/ckpt.pt"
         saved = load_file(path)
-        try:
-            config = Config(**saved["config"])
-            model = POLICIES[config.model](config)
-            model.load_state_dict(saved["weights"])
-        except (KeyError, TypeError, RuntimeError) as error:  # what is missing or does not fit
-            kind = type(error).__name__
-            raise ValueError(f"{path} is not a checkpoint of this model ({kind})") from error
-        model.path, model.step, model.code = str(path), saved["step"], saved["code"]
-        return model.to(device).eval()
+        config = Config(**saved["config"])
+        model = POLICIES[config.model](config)
+        model.load_state_dict(saved["weights"])
+        model.path = str(path)
+        model.step = saved["step"]
+        model.code = saved["code"]
+        return model.eval()
 
 
 class VLA(Policy):
     def __init__(self, config):
-        super().__init__(config)
         C, G, S = config.width, config.goal_size, config.state_size
-        self.heard = None, None  # a sentence and what was made of it
+        super().__init__(config, HEADS[config.head](config, C + G * config.pointers + S))
+        self.heard = {}  # {the last sentence: what encode_text() made of it}
         self.register_buffer("goal_mean", torch.zeros(G))
         self.register_buffer("goal_std", torch.ones(G))
         self.vision = Vision(config)
@@ -636,85 +650,60 @@ class VLA(Policy):
         if config.pointers:
             spots = len(POINTERS) * 3 * len(config.cameras) * config.frames
             self.goal = mlp(spots + S, 2 * C, C, G)  # where thing and place are
-        self.head = HEADS[config.head](config, C + G * config.pointers + S)
+
+    def forward(self, batch):
+        """batch: a dict of images (B, V, H, W, 3) uint8 and their shift (B, 2), see Vision; state
+        (B, S); text and names, see encode_text, or `heard`, what that makes of them; sentence (B,),
+        which of these each moment has; in training also target (B, K, A) and valid (B, K).
+
+        Returns a dict: what is heard; of pointers, goal (B, G), m, normalised, and attention (B, 2,
+        P), the logarithm of how much they look at the patches of all views in turn; and actions or
+        error, see act()."""
+        # What is seen, heard and felt.
+        shift = batch["shift"]
+        patches, kept = self.vision(batch["images"], shift)  # (B, kept, C), (B, kept)
+        heard = batch.get("heard") or self.encode_text(batch["text"], batch["names"])
+        sentence = batch["sentence"]
+        state = (batch["state"] - self.state_mean) / self.state_std
+        others = self.state(state)[:, None]  # (B, 1, C)
+        goal = state[:, :0]  # without pointers, no numbers
+        answer = dict(heard)
+
+        # Where what the sentence names is seen.
+        if self.pointers:
+            found, looking = self.pointers(heard["queries"][sentence], patches)
+            others = torch.cat([others, found], 1)  # (B, 3, C)
+            nowhere = looking.new_full((*found.shape[:2], self.vision.patches), DROPPED)
+            attention = nowhere.scatter(2, kept[:, None].expand_as(looking), looking)  # (B, 2, P)
+            spots = spatial_softmax(attention, self.vision.side, shift)
+            goal = self.goal(torch.cat([spots, state], 1))
+            answer |= dict(goal=goal, attention=attention)
+
+        # What is done.
+        x = self.fusion(patches, heard["words"][sentence], others)
+        return answer | self.act(torch.cat([x, goal, state], 1), batch)
 
     def encode_text(self, text, names):
         """Sentences (U, L, n) to a dict: `words` (U, L, C) in their context; with pointers, their
         `queries` (U, 2, C) and the `reading` (U, 2, L), where each finds its name; with intents,
         `intent` (U, intents), logits of what is asked for. names: the same sentences with their
         true names, which train.py shuffles in `text`, so that nothing else can depend on them."""
-        longest = max(1, int((text[..., 0] > 0).sum(1).max()))
-        text = text[:, :longest]
         words = self.text(text)
-        found = dict(words=words)
+        heard = dict(words=words)
         if self.intent:
-            found["intent"] = self.intent(mean_word(words))
+            heard["intent"] = self.intent(mean_word(words))
         if self.pointers:
-            bare = self.text.embed(names[:, :longest])
-            padding = text[..., 0] == 0
-            found["queries"], found["reading"] = self.pointers.read(words, bare, padding)
-        return found
-
-    def forward(self, batch):
-        """batch: a dict of images (B, V, H, W, 3) uint8 and their shift, see Vision; state (B, S);
-        text and names, see encode_text, or `heard`, what that makes of them; sentence (B,), which
-        of these each moment has; in training also target (B, K, A) and valid (B, K).
-
-        Returns a dict: what is heard, and actions (B, K, A), or with a target the head's error
-        (B, K, A); goal (B, G), m, normalised; of pointers, attention (B, 2, P), the logarithm of
-        how much they look at the patches of all views in turn."""
-        images, sentence = batch["images"], batch["sentence"]
-        patches, kept, place = self.vision(images, batch["shift"])
-        heard = batch.get("heard") or self.encode_text(batch["text"], batch["names"])
-        state = self.normalize(batch["state"])
-        answer = dict(heard)
-        others, features = [self.state(state)[:, None]], [state]
-        if self.pointers:
-            found, attention = self.pointers(heard["queries"][sentence], patches)
-            view = F.one_hot(kept // self.vision.side**2, images.shape[1])
-            goal = self.goal(torch.cat([spatial_softmax(attention, view, place), state], 1))
-            others.append(found)
-            features.insert(0, goal)
-            everywhere = attention.new_full((*attention.shape[:2], self.vision.patches), DROPPED)
-            attention = everywhere.scatter(2, kept[:, None].expand_as(attention), attention)
-            answer |= dict(goal=goal, attention=attention)
-        x = self.fusion(patches, heard["words"][sentence], torch.cat(others, 1))
-        features = torch.cat([x, *features], 1)
-        if "target" in batch:
-            answer["error"] = self.head.error(features, batch["target"], batch["valid"])
-        else:
-            answer["actions"] = self.head(features)
-        return answer
+            bare = self.text.embed(names)
+            heard["queries"], heard["reading"] = self.pointers.read(words, bare)
+        return heard
 
     @torch.inference_mode()
     def hear(self, sentence):
         """encode_text() of one sentence, which is kept until there is another."""
-        if sentence is None:
-            raise ValueError("this policy needs a sentence: predict(obs, language=...)")
-        if self.heard[0] != sentence:
+        if sentence not in self.heard:
             text = tokenize(sentence, self.config)[None].to(self.state_mean.device)
-            self.heard = sentence, self.encode_text(text, text)
-        return self.heard[1]
-
-    @torch.inference_mode()
-    def look(self, images, state, sentence):
-        """The forward pass of one moment: what read_observations() gives, and a sentence."""
-        first = torch.zeros(1, dtype=torch.long, device=images.device)
-        still = torch.zeros(1, images.shape[1], 2, device=images.device)
-        batch = dict(images=images, state=state, sentence=first, shift=still)
-        return self(batch | dict(heard=self.hear(sentence)))
-
-    def plan(self, history, sentence):
-        """A chunk of actions (K, A) for the last observations, newest first."""
-        self.head.dice = self.dice  # for a mixture, of this episode
-        found = self.look(*self.read_observations(history), sentence)
-        return found["actions"][0].float().cpu().numpy()
-
-    def understands(self, sentence):
-        """The probability that a sentence asks for something that was taught."""
-        if not self.intent:
-            return 1.0
-        return 1 - self.hear(sentence)["intent"].softmax(1)[0, -1].item()
+            self.heard = {sentence: self.encode_text(text, names=text)}  # nothing is shuffled
+        return self.heard[sentence]
 
     def request(self, sentence):
         """What the policy reads in a sentence: (task, slots); None if it declines it, or was not
@@ -722,10 +711,10 @@ class VLA(Policy):
         if not (self.intent and self.pointers) or self.understands(sentence) < UNDERSTOOD:
             return None
         heard = self.hear(sentence)
-        best = heard["intent"][0, :-1].argmax().item()
+        best = heard["intent"][0, :-1].argmax()
         intent, slots = list(self.config.intents.items())[best]
         words = split(sentence)
-        read = [words[i] for i in heard["reading"][0].argmax(1).tolist()]
+        read = [words[i] for i in heard["reading"][0].argmax(1)]
         names = [slot for slot, word in slots.items() if word is None]
         return intent.split()[0], slots | dict(zip(names, read))
 
@@ -734,19 +723,11 @@ class BC(Policy):
     """Behaviour cloning from the state, without eyes or words: (B, S) to actions (B, K, A)."""
 
     def __init__(self, config):
-        super().__init__(config)
-        self.net = chunk_mlp(config, config.state_size, 3)
+        super().__init__(config, Continuous(config, config.state_size))
 
     def forward(self, batch):
-        actions = self.net(self.normalize(batch["state"])).tanh()
-        if "target" in batch:
-            return dict(error=(actions - batch["target"]).abs())
-        return dict(actions=actions)
-
-    @torch.inference_mode()
-    def plan(self, history, sentence):
-        _, state = self.read_observations(history)
-        return self(dict(state=state))["actions"][0].cpu().numpy()
+        state = (batch["state"] - self.state_mean) / self.state_std
+        return self.act(state, batch)
 
 
 POLICIES = dict(vla=VLA, bc=BC)
@@ -763,28 +744,27 @@ CHOICES = dict(  # of Config's fields that are names
 
 # ------------------------------------------------------------------------------------- files
 def save_file(path, content):
-    """torch.save that never leaves half a file."""
-    buffer = io.BytesIO()  # so that a full disk is Python's OSError
-    torch.save(content, buffer)
+    """torch.save that never leaves half a file, and what was there until the new one is whole."""
     part = Path(f"{path}.part")
-    part.write_bytes(buffer.getbuffer())
+    torch.save(content, part)
     part.replace(path)
 
 
 def load_file(path):
     """The dict that save_file wrote. Untrusted files are never executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        kind = type(error).__name__  # torch's message may advise to trust the file
-        raise ValueError(f"{path} is not a checkpoint of this model ({kind})") from error
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError):
+        saved = {}  # torch's message may advise to trust the file
+    if "config" not in saved:
+        raise ValueError(f"{path} is not a checkpoint of this model")
+    return saved
 
 
 def code_version():
     """git's name of the code that runs, or "unknown"."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # no git
-        return "unknown"
+    command = "git describe --always --dirty"
+    folder = Path(__file__).parent
+    # By a shell, to which a machine without git is no exception.
+    git = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
     return git.stdout.strip() or "unknown"

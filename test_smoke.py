@@ -397,19 +397,16 @@ def moments():
 
 
 def texts(model, sentences):
-    text = torch.stack([tokenize(sentence, model.config) for sentence in sentences])
+    text = [tokenize(sentence, model.config) for sentence in sentences]
+    text = torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
     return dict(text=text, names=text)
 
 
 def make_batch(model, observations, sentence):
     """What VLA.forward takes; sentence: which of SENTENCES each moment has."""
-    read = [model.read_observations([obs] * model.config.frames) for obs in observations]
-    images, state = map(torch.cat, zip(*read))
-    shift = torch.zeros(*images.shape[:2], 2)
-    sentence = torch.tensor(sentence)
-    return texts(model, SENTENCES) | dict(
-        images=images, state=state, shift=shift, sentence=sentence
-    )
+    read = [model.read_observations([obs]) for obs in observations]
+    batch = {name: torch.cat([moment[name] for moment in read]) for name in read[0]}
+    return batch | texts(model, SENTENCES) | dict(sentence=torch.tensor(sentence))
 
 
 def fit(model, loss, steps, rate):
@@ -498,7 +495,7 @@ def test_acting_follows_the_config_and_listens():
         settings, expected = row.split(" | ")
         model = VLA(Config(chunk=4, **json.loads(settings)))
         starts = itertools.count(0, 10)
-        model.plan = lambda *_: next(starts) + np.arange(4.0)[:, None]
+        model.look = lambda *_: dict(actions=next(starts) + torch.arange(4.0)[None, :, None])
         acted = [model.predict({}, sentence).item() for sentence in "aaaaab"]
         assert acted == pytest.approx([*map(float, expected.split())], abs=0.01)
 
@@ -506,9 +503,9 @@ def test_acting_follows_the_config_and_listens():
 def test_flow_steps_follow_the_config(moments):
     obs = moments[0][0]
     model = VLA(Config(head="flow"))
-    before = model.plan([obs], "go")
+    before = model.look([obs], "go")["actions"]
     model.config.flow_steps = 1
-    assert not np.array_equal(model.plan([obs], "go"), before)
+    assert not torch.equal(model.look([obs], "go")["actions"], before)
 
 
 def test_what_is_called_by_name_does_not_depend_on_the_other_name():
@@ -529,8 +526,8 @@ def test_one_batch_overfits_by_looking_and_listening(moments):
     error = fit(model, loss, 100, 3e-4)
     for axis in (0, 1):  # who is deaf, who is blind
         assert error < 0.6 * (actions - actions.median(axis, keepdim=True).values).abs().mean()
-    acted = [model.plan([obs], text) for text in SENTENCES for obs in observations]
-    assert np.allclose(acted, model(batch)["actions"].detach(), atol=1e-4)
+    acted = [model.look([obs], text)["actions"] for text in SENTENCES for obs in observations]
+    assert torch.allclose(torch.cat(acted), model(batch)["actions"], atol=1e-4)
 
 
 def test_text():
