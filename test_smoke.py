@@ -790,13 +790,11 @@ def test_a_page_shows_a_sentence_being_obeyed(page):
     assert b"<script>" in page("/")[1]
     picture = page("/room")[1].partition(b"\r\n\r\n")[2]
     assert Image.open(io.BytesIO(picture)).size == (128, 128)
-    page("/", ["set", "expert", True])
     page("/", ["scene", 4, 0.5])
     state = json.loads(page("/state")[1])
     page("/", ["say", state["examples"][1]])
     wait_for(lambda: b": done" in page("/state")[1])
-    page("/", ["say", "make me a coffee"])
-    assert state["seed"] == 4 and b"does not seem" in page("/state")[1]
+    assert state["seed"] == 4
 
 
 def test_a_page_moves_blocks_with_the_mouse(page):
@@ -815,6 +813,7 @@ REFUSED = """\
 [400, "/", ["picture", "room"], {}]
 [400, "/", ["say"], {}]
 [400, "/", ["say", 5], {}]
+[400, "/", ["say", "make me a coffee"], {}]
 [400, "/", ["grab", 1, null], {}]
 [400, "/", ["scene", -1, 0], {}]
 [400, "/", ["scene", 3, NaN], {}]
