@@ -185,9 +185,8 @@ def save(films, path):
         moments = np.linspace(0, last, 8).astype(int)
         frames = [tile([frames[moment] for moment in moments], 4)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:], loop=0, duration=1000 // CONTROL_HZ
-    )
+    step = 1000 // CONTROL_HZ  # ms
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=step)
     print(path)
 
 
@@ -379,8 +378,7 @@ def serve(stage, args):
     try:
         server = ThreadingHTTPServer((args.host, args.port), Page)
     except OSError as error:
-        place = f"{args.host}:{args.port}"
-        raise ValueError(f"{place}: {error.strerror}; --port 0 takes a free port") from None
+        raise ValueError(f"{args.host}:{args.port}: {error.strerror}; --port 0 takes a free one")
     server.stage = stage
     server.names = "localhost", "127.0.0.1", args.host
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -400,9 +398,7 @@ if __name__ == "__main__":
     )
     add = parser.add_argument
     add("--ckpt", help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
-    add(
-        "--expert", action="store_true", help="film the scripted expert, told what the policy reads"
-    )
+    add("--expert", action="store_true", help="film the expert, told what the policy reads")
     add("--instruction", help="what to do (default: the scene's own sentence)")
     add("--seed", default="0", help="a scene, or with --out a comma list (default 0)")
     add("--randomize", type=float, default=0.0, help="how much the world differs (default 0)")
