@@ -22,7 +22,6 @@ A sentence that the policy declines counts as a failure, whatever is done then.
 import argparse
 import json
 import multiprocessing
-import re
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ from gen_data import (
     ACTION_NAMES,
     HELD_OUT,
     NAMES,
-    SLOTS,
     SPLITS,
     SUCCESS_STEPS,
     TASKS,
@@ -47,24 +45,56 @@ from gen_data import (
 from model import UNDERSTOOD, VLA, code_version
 
 CONTROLS = ("blind", "blind_shuffled", "deaf", "deaf_shuffled", "swap", "retarget")
-COUNTS = ("success", "original_success", "declined", "wrong_first", "untouched")
+COUNTS = ("original_success", "declined", "wrong_first", "untouched")  # of episodes, in a row
 
 
 # ----------------------------------------------------------------------------------- playing
-def play(policy, env, seed, options=None, control="none", wording=None, watch=None):
+def action_of(policy, env, obs, told, rng):
+    if policy == "expert":
+        return expert(env)
+    if policy == "random":
+        return rng.uniform(-1, 1, len(ACTION_NAMES))
+    return policy.predict(obs, told)
+
+
+def fill_in(wording, slots):
+    """The sentence of a wording: each {name} in it is the word of that slot."""
+    for slot, word in slots.items():
+        wording = wording.replace("{%s}" % slot, word)
+    return wording
+
+
+def tell_another(env, rng):
+    """Asks for something else that fits the scene as it is now, if there is anything; returns the
+    sentence and the observation. The clock starts again."""
+    request = env.draw_request(rng, avoid=env.request) or env.request
+    env.set_request(request, make_instruction(request, rng, env.split == "phrasing"))
+    return env.instruction, env.observe()
+
+
+def play(policy, env, seed, options=None, control="none", wording=None, watch=lambda obs: None):
     """Plays one scene to its end; returns what came of it, a dict.
 
-    policy: of model.py, or "expert" or "random". options: of Env.reset. wording: what to say
-    instead of the scene's own sentence, with {names} open. watch(obs) is called before every
-    step."""
+    policy: of model.py, or "expert" or "random". options: of Env.reset. control: of CONTROLS.
+    wording: what to tell instead of the scene's own sentence, with {names} open. watch(obs) is
+    called before every step, and at the end."""
+    learned = not isinstance(policy, str)
+    if learned:
+        policy.reset(seed)
     rng = np.random.default_rng([seed, 2])
-    model = not isinstance(policy, str)
-    if control.endswith("shuffled"):
+    if control.endswith("shuffled"):  # tasks take turns with the seeds: it has the same task
         other_obs, other_info = env.reset(seed + len(env.tasks), options)
     obs, info = env.reset(seed, options)
-    task, original, told = env.task, env.meaning, info["instruction"]
+    task, meaning = env.task, env.meaning  # of the scene's own request, whatever is told
+    told = info["instruction"]
+    pictures = [key for key in obs if key.endswith("_image")]
+    shown = {}  # pictures in place of what the cameras see
     if wording:
-        told = re.sub(r"{(\w+)}", lambda name: env.slots.get(name[1], name[0]), wording)
+        told = fill_in(wording, env.slots)
+    elif control == "blind":
+        shown = {key: np.full_like(obs[key], 127) for key in pictures}
+    elif control == "blind_shuffled":
+        shown = {key: other_obs[key] for key in pictures}
     elif control == "deaf":
         told = ""
     elif control == "deaf_shuffled":
@@ -72,47 +102,28 @@ def play(policy, env, seed, options=None, control="none", wording=None, watch=No
     elif control == "swap":
         told, obs = tell_another(env, rng)
     switch = rng.integers(5, 40) if control == "retarget" else None  # control step
-    if model:
-        policy.reset(seed)
-    instead = {}  # of what is seen
-    for key in [f"{name}_image" for name in env.cameras]:
-        if control == "blind":
-            instead[key] = np.full_like(obs[key], 127)
-        elif control == "blind_shuffled":
-            instead[key] = other_obs[key]
-    declined = original_success = False
-    original_steps = 0  # in a row that the original request has been fulfilled
+    original_steps = 0  # in a row, in which the scene's own request is fulfilled: of swap alone
     while True:
-        if model and env.steps == 0:
-            declined = policy.understands(told) < UNDERSTOOD
-        if watch:
-            watch(obs)
-        if policy == "expert":
-            action = expert(env)
-        elif policy == "random":
-            action = rng.uniform(-1, 1, len(ACTION_NAMES))
-        else:
-            action = policy.predict(obs | instead, told)
+        watch(obs)
+        action = action_of(policy, env, obs | shown, told, rng)
         obs, _, terminated, truncated, info = env.step(action)
-        if control == "swap":
-            done = TASKS[task].success(env, *original)
-            original_steps = original_steps + 1 if done else 0
-            original_success = original_steps >= SUCCESS_STEPS
+        fulfilled = control == "swap" and TASKS[task].success(env, *meaning)
+        original_steps = original_steps + 1 if fulfilled else 0
         if switch and (info["success"] or env.steps == switch):
             told, obs = tell_another(env, rng)  # restarts the clock
             switch = None
-        elif terminated or truncated or original_success:
+        elif terminated or truncated or original_steps == SUCCESS_STEPS:
             break
-    if watch:
-        watch(obs)
-    touched = info["touched"]
-    success = info["success"] and not info["diverged"] and not declined
+    watch(obs)
+    declined = learned and policy.understands(told) < UNDERSTOOD
+    success = info["success"] and not declined
+    touched = info["touched"]  # the colour of the block that was touched first
     return info | dict(
         seed=seed,
         task=task,
         told=told,
         success=success,
-        original_success=original_success,
+        original_success=original_steps == SUCCESS_STEPS,
         declined=declined,
         wrong_first=not success and touched not in (None, info.get("block")),
         untouched=not success and touched is None,
@@ -120,35 +131,31 @@ def play(policy, env, seed, options=None, control="none", wording=None, watch=No
     )
 
 
-def tell_another(env, rng):
-    """Asks for something else that fits the scene as it is now, if there is anything; returns the
-    sentence and the observation."""
-    request = env.draw_request(rng, avoid=env.request) or env.request
-    env.set_request(request, make_instruction(request, rng, env.split == "phrasing"))
-    return env.instruction, env.observe()
-
-
-def load(name, changes):
-    """The policy of a checkpoint, with changes of its Config, ["execute=2"]; "expert" and "random"
-    are themselves."""
-    if name in ("expert", "random"):
-        return name
-    policy = VLA.load(name)
+def load(path, changes):
+    """The policy of a checkpoint, with changes of its Config, ["execute=2"]."""
+    policy = VLA.load(path)
+    config = vars(policy.config)
     for change in changes:
         key, _, value = change.partition("=")
-        if not hasattr(policy.config, key):
+        if key not in config:
             raise ValueError(f"--set {change}: the policy has no {key!r}")
-        setattr(policy.config, key, type(getattr(policy.config, key))(value))
-    policy.config.__post_init__()
+        config[key] = type(config[key])(value)
+    policy.config.__post_init__()  # complains about what does not go together
     return policy
 
 
-def start(name, changes, world):
-    """Prepares a process for play_job. world: arguments of Env."""
+# Scenes are played in processes of their own. Each makes its policy and its Env once, in start(),
+# and then plays one scene after the other with them, in play_job().
+def start(who, changes, world):
+    """Prepares a process. who: "expert", "random", or a checkpoint, with changes, see load().
+    world: arguments of Env."""
     global player
     torch.set_num_threads(1)  # for one picture at a time, more only wait for each other
-    policy = load(name, changes)
-    cameras = () if name == policy else policy.config.cameras
+    policy = who
+    cameras = ()
+    if who not in ("expert", "random"):
+        policy = load(who, changes)
+        cameras = policy.config.cameras
     player = policy, Env(cameras=cameras, **world)
 
 
@@ -156,24 +163,23 @@ def play_job(scene):
     return play(*player, **scene)
 
 
-def play_all(scenes, *setting):
-    """The results of play() with these arguments, in turn. setting: arguments of start()."""
+def play_all(scenes, *setup):
+    """The results of play() with each of these arguments. setup: arguments of start()."""
     if len(scenes) < 20:  # starting processes would take longer
-        start(*setting)
-        return [play_job(scene) for scene in scenes]
-    with multiprocessing.get_context("spawn").Pool(None, start, setting) as pool:
-        results = pool.imap(play_job, scenes, chunksize=4)
+        start(*setup)
+        return list(map(play_job, scenes))
+    with multiprocessing.get_context("spawn").Pool(None, start, setup) as pool:
+        results = pool.imap(play_job, scenes)
         return list(tqdm(results, total=len(scenes), disable=None, leave=False))
 
 
 # ----------------------------------------------------------------------------------- results
 def wilson(k, n, z=1.96):
     """95% interval of a proportion (Wilson 1927); well behaved at 0 and 1."""
-    p = k / n
-    centre = p + z**2 / n / 2
-    half = z * (p * (1 - p) / n + (z / n) ** 2 / 4) ** 0.5
-    scale = 1 + z**2 / n
-    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+    total = n + z**2
+    centre = (k + z**2 / 2) / total
+    half = z * (k * (n - k) / n + z**2 / 4) ** 0.5 / total
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def percent(k, n):
@@ -182,34 +188,34 @@ def percent(k, n):
 
 
 def summarize(results, task, about):
-    """One row: of a task, or of "all"."""
+    """One row: of a task, or of "all". k of n episodes were a success, from low to high (95%)."""
     results = [result for result in results if task in ("all", result["task"])]
-    row = dict(about, task=task, n=len(results))
-    for key in COUNTS:
-        row[key] = sum(result[key] for result in results)
-    row["k"] = row.pop("success")
+
+    def values(key):
+        return [result[key] for result in results]
+
+    row = dict(about, task=task, k=sum(values("success")), n=len(results))
     row["low"], row["high"] = wilson(row["k"], row["n"])
-    row["steps"] = np.mean([result["steps"] for result in results])
-    row["force"] = max(result["force"] for result in results)  # N
-    return row
+    row["steps"] = np.mean(values("steps"))
+    row["force"] = max(values("force"))  # N
+    return row | {key: sum(values(key)) for key in COUNTS}
 
 
 def read_instructions(path):
-    """[(task, sentence with {names} left open, its other slots), ..] of lines of
-    task<TAB>sentence, and a word if the task has a slot that is not a name."""
+    """[(task, wording, slots), ..] of lines of task<TAB>wording, and for push and drawer another
+    tab and their direction or way, which is what `slots` has: names are whatever the scene has."""
     found = []
     for line in path.read_text("utf-8-sig").splitlines():
-        task, sentence, *words = [*line.split("\t"), ""]
+        task, wording, *words = [*line.split("\t"), ""]
         slots = TASKS[task].slots if task in TASKS else ()
-        other = dict(zip([slot for slot in slots if slot not in NAMES], words))
-        named = all("{%s}" % slot in sentence for slot in slots if slot in NAMES)
-        fits = all(word in SLOTS[slot] for slot, word in other.items())
-        if task not in (*TASKS, "none") or not named or not fits:
+        named = all("{%s}" % slot in wording for slot in slots if slot in NAMES)
+        if task not in (*TASKS, "none") or not named:
             raise ValueError(
                 f"{path}: {line!r} should be a task, a tab, a sentence with {{block}}, {{pad}} or "
                 f"{{lower}} in it, and for push and drawer a tab and the direction or way"
             )
-        found.append((task, sentence, other))
+        others = [slot for slot in slots if slot not in NAMES]
+        found.append((task, wording, dict(zip(others, words))))
     return found
 
 
@@ -257,38 +263,37 @@ if __name__ == "__main__":
         tasks = [task for task in tasks if task in HELD_OUT]
     lines = read_instructions(args.instructions) if args.instructions else []
     told = [line for line in lines if line[0] in tasks]
-    scenes = []
-    for i in range(len(told) or args.episodes * bool(tasks)):
-        options = (
-            dict(task=told[i][0], slots=told[i][2]) if told else dict(task=tasks[i % len(tasks)])
-        )
-        scenes.append(dict(seed=args.seed + i, options=options))
-    if not scenes or lines and not model:
+    scenes = [dict(seed=args.seed + i) for i in range(len(told) or args.episodes)]
+    reworded = []
+    for scene, (task, wording, slots) in zip(scenes, told):
+        scene["options"] = dict(task=task, slots=slots)
+        reworded.append(scene | dict(wording=wording))
+    if not tasks or not scenes or lines and not model:
         raise ValueError("no scene, or no policy; change --policies, --tasks, --split, --episodes")
-    runs = [(name, name, scenes) for name in names if name != "policy"]  # who, control, scenes
+    # Who plays, what the results are called, and what play() is given for each scene.
+    runs = [(name, name, scenes) for name in names if name != "policy"]
     if model:
-        runs.append((model.path, "none", scenes))
         print(f"{model.path}: step {model.step}, code {model.code}; this code {code_version()}")
+        runs.append((model.path, "none", scenes))
         for control in CONTROLS if args.controls else ():
             runs.append((model.path, control, [scene | dict(control=control) for scene in scenes]))
-        if told:
-            said = [scene | dict(wording=line[1]) for scene, line in zip(scenes, told)]
-            runs.append((model.path, "these sentences", said))
+        if reworded:
+            runs.append((model.path, "these sentences", reworded))
     print(f"{len(scenes)} scenes from seed {args.seed}, split {args.split}", flush=True)
-    world = dict(tasks=tasks, split=args.split, randomize=args.randomize)
+    setting = dict(split=args.split, randomize=args.randomize)
     rows, episodes = [], []
-    for who, control, places in runs:
-        results = play_all(places, who, args.set, world)
-        about = dict(policy=who, control=control, split=args.split, randomize=args.randomize)
+    for who, control, played in runs:
+        results = play_all(played, who, args.set, dict(setting, tasks=tasks))
+        about = dict(setting, policy=who, control=control)
         episodes += [about | result for result in results]
-        found = [task for task in TASKS if any(result["task"] == task for result in results)]
-        column = [summarize(results, task, about) for task in [*found, "all"]]
-        rows += column
-        print(describe(column[-1]), flush=True)
-        print("    " + ", ".join(f"{row['task']} {row['k']}/{row['n']}" for row in column[:-1]))
-    nothing = [sentence for task, sentence, _ in lines if task == "none"]
+        found = choose([result["task"] for result in results], TASKS)
+        *of_tasks, of_all = [summarize(results, task, about) for task in [*found, "all"]]
+        rows += [*of_tasks, of_all]
+        print(describe(of_all), flush=True)
+        print("    " + ", ".join(f"{row['task']} {row['k']}/{row['n']}" for row in of_tasks))
+    nothing = [wording for task, wording, _ in lines if task == "none"]
     if nothing:
-        k = sum(model.understands(sentence) < UNDERSTOOD for sentence in nothing)
+        k = sum(model.understands(wording) < UNDERSTOOD for wording in nothing)
         rows.append(dict(policy=model.path, control="declined", task="none", k=k, n=len(nothing)))
         print(f"{percent(k, len(nothing))} of the sentences that ask for nothing are declined")
     if args.out:

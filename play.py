@@ -19,9 +19,9 @@ import textwrap
 import threading
 import time
 import webbrowser
-from collections import deque
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import ceil, cos, sin
 from pathlib import Path
 
 import mujoco
@@ -43,7 +43,7 @@ from gen_data import (
 )
 from model import VLA
 
-EXAMPLES = dict(  # what a person might say
+EXAMPLES = dict(  # what a person might say, offered on the page
     pick_place="put the {block} block on the {pad} pad",
     lift="pick up the {block} block",
     push="push the {block} block {direction}",
@@ -70,10 +70,10 @@ class Room(RayCamera):
     def turn(self, azimuth, elevation):
         """Where it looks from, rad."""
         self.angles = azimuth, min(max(elevation, 0.1), 1.5)
-        up, level = np.sin(self.angles[1]), np.cos(self.angles[1])
-        back = np.array([level * np.cos(azimuth), level * np.sin(azimuth), up])
-        right = np.array([-np.sin(azimuth), np.cos(azimuth), 0])
-        self.axes = np.stack([right, np.cross(back, right), back], 1)
+        up, level = sin(self.angles[1]), cos(self.angles[1])
+        back = np.array([level * cos(azimuth), level * sin(azimuth), up])
+        right = np.array([-sin(azimuth), cos(azimuth), 0])
+        self.axes = np.stack([right, np.cross(back, right), back], 1)  # as MuJoCo's cameras have
 
     def show(self, env):
         """Remembers where everything is, for picture(): that may be in another thread than the
@@ -135,52 +135,58 @@ def sheet_of(room, views, text):
     return sheet
 
 
+def understand(policy, sentence):
+    """What the policy reads in a sentence, (task, slots). Raises ValueError if it declines it."""
+    request = policy.request(sentence)
+    if not request:
+        raise ValueError(f"{sentence!r} does not seem to ask for anything that it was taught")
+    return request
+
+
+def film(policy, env, seed, args):
+    """Pictures of a scene being played by the policy; with --expert by the expert, who is told what
+    the policy reads in the sentence."""
+    room = Room(env.model, args.size)
+    pictures, options = [], None
+    if args.instruction:
+        task, slots = understand(policy, args.instruction)
+        options = dict(task=task, slots=slots)
+
+    def watch(obs):
+        room.show(env)
+        sentence = args.instruction or env.instruction
+        views = views_of(obs, policy if args.attention else None, sentence)
+        pictures.append(sheet_of(room.picture(), views, sentence))
+
+    actor = "expert" if args.expert else policy
+    result = play(actor, env, seed, options, wording=args.instruction, watch=watch)
+    print(f"scene {seed}, {result['told']!r}: {'done' if result['success'] else 'not done'}")
+    return pictures
+
+
 def tile(pictures, columns):
     """Pictures of one size on a sheet, row by row."""
     width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
+    rows = ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet
 
 
-def film(reader, env, seed, sentence, args):
-    """Pictures of a scene being played, by the policy that reads the sentence or by the expert."""
-    room, pictures, options = Room(env.model, args.size), [], None
-    if sentence:
-        request = reader.request(sentence)
-        if not request:
-            raise ValueError(f"{sentence!r} does not ask for anything that this policy was taught")
-        options = dict(task=request[0], slots=request[1])
-
-    def watch(obs):
-        room.show(env)
-        text = sentence or env.instruction
-        views = views_of(obs, reader if args.attention else None, text)
-        pictures.append(sheet_of(room.picture(), views, text))
-
-    actor = "expert" if args.expert else reader
-    result = play(actor, env, seed, options, wording=sentence, watch=watch)
-    print(f"scene {seed}, {result['told']!r}: {'done' if result['success'] else 'not done'}")
-    return pictures
-
-
 def save(films, path):
     """Writes films, each a list of pictures, side by side to a .gif, or a few moments to a .png."""
-    last = max(len(film) for film in films) - 1
-    columns = int(np.ceil(len(films) ** 0.5))
-    sheet = path.suffix == ".png"
-    moments = (
-        np.linspace(0, last, 8).astype(int) if sheet else range(last + CONTROL_HZ)
-    )  # rests 1 s
-    frames = [tile([film[min(t, len(film) - 1)] for film in films], columns) for t in moments]
+    columns = ceil(len(films) ** 0.5)
+    last = max(map(len, films)) - 1
+    # The last picture of each stays, that of the longest film for a second.
+    films = [film + film[-1:] * (last + CONTROL_HZ - len(film)) for film in films]
+    frames = [tile(pictures, columns) for pictures in zip(*films)]
+    if path.suffix == ".png":
+        moments = np.linspace(0, last, 8).astype(int)
+        frames = [tile([frames[moment] for moment in moments], 4)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    if sheet:
-        frames = [tile(frames, 4)]
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:], loop=0, duration=1000 // CONTROL_HZ
-    )
+    step = 1000 // CONTROL_HZ  # ms
+    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=step)
     print(path)
 
 
@@ -190,67 +196,68 @@ class Stage:
 
     STIFFNESS, DAMPING = 100, 20  # 1/s^2 and 1/s, of the spring between mouse and block
     HOVER, LIFT = 0.01, 0.15  # m that a block is raised by: always, and with Shift
-    COMMANDS = ("say", "scene", "look", "turn", "grab", "drag", "drop")
 
     def __init__(self, policy, env, size):
         self.policy, self.env, self.room = policy, env, Room(env.model, size)
-        self.lock, self.drawing = threading.Lock(), threading.Lock()
-        self.history = deque(maxlen=30)  # [sentence, how it was understood, outcome]
+        self.lock = threading.Lock()
+        self.drawing = threading.Lock()  # of several pages, one at a time draws the room
+        self.history = []  # entries [sentence, what the policy read in it, outcome]
         self.looking = False  # whether to show where the policy looks
 
-    # -- what a page asks for: the name of one of these, and what they take
-    def say(self, sentence):
-        request = self.policy.request(sentence)
-        self.entry = [sentence, "", ""]
+    # -- what a page may ask for: the name without do_, and the arguments
+    def do_say(self, sentence):
+        """Gives the policy a sentence. If it declines it, or what it reads is not there, that is a
+        ValueError, and all goes on as before."""
+        request = understand(self.policy, sentence)
+        self.env.set_request(request, sentence)
+        task, slots = request
+        self.entry = [sentence, " ".join([task, *slots.values()]), ""]
         self.history.append(self.entry)
-        if not request:
-            self.entry[1] = "does not seem to ask for anything that it was taught"
-            return
-        self.entry[1] = " ".join([request[0], *request[1].values()])
-        try:
-            self.env.set_request(request, sentence)
-        except ValueError as error:
-            self.entry[2] = str(error)
-            return
         self.obs = self.env.observe()
         self.policy.reset()
         self.busy = True
 
-    def scene(self, seed, randomize):
-        """Another one, which waits for a sentence."""
-        self.env.randomize = min(max(float(randomize), 0), 1)
-        self.obs, _ = self.env.reset(int(seed))
-        self.busy, self.held = False, None
+    def do_scene(self, seed, randomize):
+        """Another scene, which waits for a sentence."""
+        self.env.randomize = float(randomize)
+        self.obs, _ = self.env.reset(seed)
+        self.busy = False  # whether the policy acts
+        self.held = None  # the body that the mouse holds
+        self.examples = []
         rng = np.random.default_rng(self.env.seed)
-        requests = [self.env.draw_request(rng, (task,)) for task in self.env.tasks]
-        self.examples = [EXAMPLES[r[0]].format(**r[1]) for r in requests if r and r[0] in EXAMPLES]
+        for task in self.env.tasks:
+            request = self.env.draw_request(rng, (task,))
+            if request and task in EXAMPLES:
+                self.examples.append(EXAMPLES[task].format(**request[1]))
 
-    def look(self, chosen):
-        self.looking = bool(chosen)
+    def do_look(self, chosen):
+        self.looking = chosen
 
-    def turn(self, azimuth, elevation):
-        self.room.turn(float(azimuth), float(elevation))
+    def do_turn(self, azimuth, elevation):
+        self.room.turn(azimuth, elevation)
 
     def pixel(self, x, y):
         """The number of the room's pixel at this place of the picture, 0..1."""
         x, y = np.clip([x, y], 0, 1) * (self.room.size - 1)
         return int(y) * self.room.size + int(x)
 
-    def grab(self, x, y):
+    def do_grab(self, x, y):
         """Takes the block there, if there is one; returns whether."""
         geom = self.room.geom.flat[self.pixel(x, y)]
         if geom not in self.env.block_geom:
             return False
         self.held = self.env.model.geom_bodyid[geom]
-        self.goal = self.env.data.xpos[self.held] + [0, 0, self.HOVER]
+        self.goal = self.env.data.xpos[self.held] + [0, 0, self.HOVER]  # m, where it is drawn to
         self.height = self.goal[2]
         return True
 
-    def drag(self, x, y, lift):
+    def do_drag(self, x, y, lift):
         point = self.room.on_plane([self.pixel(x, y)], self.height)[0]
-        self.goal = (point + [0, 0, self.LIFT * bool(lift)]).clip(*WORKSPACE)
+        if lift:
+            point[2] += self.LIFT
+        self.goal = point.clip(*WORKSPACE)
 
-    def drop(self):
+    def do_drop(self):
         self.held = None
 
     # -- what goes on by itself
@@ -283,7 +290,7 @@ class Stage:
         return dict(
             seed=self.env.seed,
             randomize=self.env.randomize,
-            history=list(self.history),
+            history=self.history[-30:],
             examples=self.examples,
             angles=self.room.angles,
             look=self.looking,
@@ -292,7 +299,7 @@ class Stage:
     def picture(self, name):
         """The room, or the views of the policy, as JPEG."""
         if name == "room":
-            with self.drawing:  # of several pages, one at a time
+            with self.drawing:
                 with self.lock:
                     self.room.show(self.env)
                 picture = self.room.picture()
@@ -350,15 +357,10 @@ class Page(BaseHTTPRequestHandler):
 
     def do_POST(self):
         try:
-            length = int(self.headers["Content-Length"])
-            command, *values = json.loads(
-                self.rfile.read(min(length, 10_000)),
-                parse_constant=int,  # refuses NaN
-            )
-            if command not in Stage.COMMANDS:
-                raise ValueError(f"no command {command!r}")
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            command, *values = json.loads(body, parse_constant=int)  # which refuses NaN
             with self.server.stage.lock:
-                result = getattr(self.server.stage, command)(*values)
+                result = getattr(self.server.stage, f"do_{command}")(*values)
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             return self.answer(str(error).encode(), "text/plain", 400)
         self.answer(json.dumps(result).encode())
@@ -373,9 +375,12 @@ class Page(BaseHTTPRequestHandler):
 
 def serve(stage, args):
     """A page in the browser, until Ctrl-C."""
-    server = ThreadingHTTPServer((args.host, args.port), Page)
-    server.stage, server.names = stage, ("localhost", "127.0.0.1", args.host)
-    server.daemon_threads = True
+    try:
+        server = ThreadingHTTPServer((args.host, args.port), Page)
+    except OSError as error:
+        raise ValueError(f"{args.host}:{args.port}: {error.strerror}; --port 0 takes a free one")
+    server.stage = stage
+    server.names = "localhost", "127.0.0.1", args.host
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://{args.host}:{server.server_port}"
     print(f"{address} (Ctrl-C ends)", flush=True)
@@ -393,9 +398,7 @@ if __name__ == "__main__":
     )
     add = parser.add_argument
     add("--ckpt", help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
-    add(
-        "--expert", action="store_true", help="film the scripted expert, told what the policy reads"
-    )
+    add("--expert", action="store_true", help="film the expert, told what the policy reads")
     add("--instruction", help="what to do (default: the scene's own sentence)")
     add("--seed", default="0", help="a scene, or with --out a comma list (default 0)")
     add("--randomize", type=float, default=0.0, help="how much the world differs (default 0)")
@@ -410,13 +413,13 @@ if __name__ == "__main__":
     if not policy.config.cameras or args.attention and not policy.pointers:
         raise ValueError(f"{policy.path} sees no pictures, or has no pointers for --attention")
     env = Env(policy.config.tasks, policy.config.cameras, randomize=args.randomize)
+    seeds = [int(seed) for seed in args.seed.split(",")]
     if not args.out:
         stage = Stage(policy, env, args.size)
-        stage.scene(args.seed, args.randomize)
+        stage.do_scene(seeds[0], args.randomize)
         if args.instruction:
-            stage.say(args.instruction)
-        serve(stage, args)
+            stage.do_say(args.instruction)
+        serve(stage, args)  # for ever
     if args.out.suffix not in (".gif", ".png"):
         raise ValueError(f"--out must end in .gif or .png, not {args.out}")
-    seeds = [int(seed) for seed in args.seed.split(",")]
-    save([film(policy, env, seed, args.instruction, args) for seed in seeds], args.out)
+    save([film(policy, env, seed, args) for seed in seeds], args.out)

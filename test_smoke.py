@@ -43,8 +43,8 @@ from model import CHOICES, VLA, Config, Mixture, ngrams, split, tokenize
 
 # Code tokens, without comments and docstrings, that each file may have. They only ever go down: what
 # is new pays for itself.
-BUDGET = dict(gen_data=9_363, model=6_002, train=6_595, eval=2_165, play=3_274, test_smoke=7_000)
-TOKENS, LINES = 27_399, 3_086  # of the five scripts together; lines that are not blank
+BUDGET = dict(gen_data=9_363, model=6_002, train=6_595, eval=2_090, play=3_176, test_smoke=6_900)
+LINES = 3_086  # that are not blank, of the five scripts together
 
 TRAIN = (
     "train.py --data demos --device cpu --steps 6 --batch_size 8 --log_interval 1 --eval_interval 0"
@@ -102,6 +102,14 @@ def process(command):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(running.pid, signal.SIGKILL)
     running.communicate()
+
+
+def interrupt(running):
+    """Ctrl-C, which ends it with status 130; returns what it says then."""
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130
+    return said
 
 
 def read_until(running, word):
@@ -172,7 +180,7 @@ def test_size():
     assert not [name for name in BUDGET if tokens[name] > BUDGET[name]], tokens
     del tokens["test_smoke"]
     text = "".join((ROOT / f"{name}.py").read_text() for name in tokens)
-    assert sum(tokens.values()) <= TOKENS and len(re.findall(r"\S.*", text)) <= LINES
+    assert len(re.findall(r"\S.*", text)) <= LINES
 
 
 # --------------------------------------------------------------------------------- the world
@@ -187,9 +195,10 @@ def test_culled_picture_equals_full_ray_cast():
     env = Env(cameras=CAMERAS, randomize=1.0)
     env.reset(1)
     right = []  # whether a block is seen where its camera matrix says it is
-    for step in range(60):
-        env.step(expert(env))
-        for camera in env.cameras.values() if step % 5 == 0 else ():
+    for _ in range(12):
+        for _ in range(5):
+            env.step(expert(env))
+        for camera in env.cameras.values():
             culled = camera.render(env.data)
             uv, _ = project(env.block_pos, camera.matrix(env.data))
             x, y = (64 * uv).astype(int).clip(0, 63).T
@@ -537,8 +546,6 @@ def test_text():
     right, wrong, other = [{*ngrams(word, 4096)} for word in ("purple", "purpel", "green")]
     assert len(right & wrong) > len(right & other) + 2  # misspelt, but much like it
     assert (tokenize("red banana", chars) > 0).sum() == 10
-    with pytest.raises(ValueError, match="longer than"):
-        tokenize("red " * 99, chars)
 
 
 def test_understanding_is_learned():
@@ -602,9 +609,7 @@ def test_training_is_a_function_of_its_seed_and_resumes_exactly(toy, here):
 def test_a_stopped_training_saves(here):
     with process(f"{TRAIN} --steps 500") as running:
         read_until(running, "step     2")
-        running.send_signal(signal.SIGINT)
-        said, _ = running.communicate(timeout=60)
-    assert running.returncode == 130 and "--resume out carries on" in said
+        assert "--resume out carries on" in interrupt(running)
     step = VLA.load("out/ckpt.pt").step
     assert 2 <= step < 500 and read_log("out")[-1]["step"] == step
 
@@ -740,20 +745,22 @@ def test_eval_in_other_words(here, monkeypatch):
 
 
 FILMS = """\
---seed 3 --out new/a.gif
---ckpt toy/ckpt.pt --seed 0,1 --attention --randomize 1 --out a.png
---expert --out a.gif
---instruction 'open the drawer' --out a.png
+play.py --size 128 --seed 3 --out new/a.gif
+play.py --size 128 --ckpt toy/ckpt.pt --seed 0,1 --attention --randomize 1 --out a.png
+play.py --size 128 --expert --out a.gif
+play.py --size 128 --instruction 'open the drawer' --out a.png
+examples/inspect.py pass --ckpt toy/ckpt.pt --out a.png
+examples/inspect.py data --data demos/0000.h5 --episode 1 --out a.gif
 """
 
 
-@pytest.mark.parametrize("flags", FILMS.splitlines())
-def test_films(flags, here, monkeypatch):
+@pytest.mark.parametrize("command", FILMS.splitlines())
+def test_films(command, here, monkeypatch):
     monkeypatch.setattr(gen_data, "MAX_STEPS", 10)
-    run(f"play.py --size 128 {flags}")
-    picture = Image.open(flags.split()[-1])
+    run(command)
+    picture = Image.open(command.split()[-1])
     assert picture.width > 160 and np.std(picture.convert("L")) > 10
-    assert flags.endswith("png") or picture.n_frames > 5
+    assert command.endswith("png") or picture.n_frames > 5
 
 
 @pytest.fixture(scope="module")
@@ -772,9 +779,7 @@ def page():
                 return getattr(error, "code", 0), error
 
         yield ask
-        running.send_signal(signal.SIGINT)
-        said, _ = running.communicate(timeout=20)
-        assert running.returncode == 130 and not said
+        assert not interrupt(running)
 
 
 def wait_for(ready):
@@ -789,13 +794,11 @@ def test_a_page_shows_a_sentence_being_obeyed(page):
     assert b"<script>" in page("/")[1]
     picture = page("/room")[1].partition(b"\r\n\r\n")[2]
     assert Image.open(io.BytesIO(picture)).size == (128, 128)
-    page("/", ["set", "expert", True])
     page("/", ["scene", 4, 0.5])
     state = json.loads(page("/state")[1])
     page("/", ["say", state["examples"][1]])
     wait_for(lambda: b": done" in page("/state")[1])
-    page("/", ["say", "make me a coffee"])
-    assert state["seed"] == 4 and b"does not seem" in page("/state")[1]
+    assert state["seed"] == 4
 
 
 def test_a_page_moves_blocks_with_the_mouse(page):
@@ -814,6 +817,7 @@ REFUSED = """\
 [400, "/", ["picture", "room"], {}]
 [400, "/", ["say"], {}]
 [400, "/", ["say", 5], {}]
+[400, "/", ["say", "make me a coffee"], {}]
 [400, "/", ["grab", 1, null], {}]
 [400, "/", ["scene", -1, 0], {}]
 [400, "/", ["scene", 3, NaN], {}]
@@ -872,6 +876,8 @@ play.py --ckpt toy/ckpt.pt --out a.bmp => .gif
 play.py --ckpt toy/ckpt.pt --out a.gif --seed three => 'three'
 play.py --out a.gif --instruction 'make me a coffee' => 'make me a coffee'
 play.py --no_browser --host 192.0.2.1 => address
+examples/inspect.py data --data cut.h5 => cut.h5
+examples/inspect.py data --data demos/0000.h5 --episode 99 => 0000.h5
 """
 
 
@@ -923,8 +929,3 @@ def test_recipes_run(code, here):
 def test_the_example_of_another_simulator(here):
     pytest.importorskip("metaworld")
     run("examples/metaworld.py eval --tasks reach --episodes 1")
-
-
-def test_the_example_that_inspects_data(here):
-    run("examples/inspect.py pass --ckpt toy/ckpt.pt --out a.png")
-    assert Path("a.png").exists()

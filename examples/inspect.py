@@ -47,7 +47,8 @@ def draw_pass(args, policy, env):
     route = SIZE * project(hand, room.matrix(room.shown))[0]  # (K, 2) px
 
     figure = Figure(figsize=(14, 7), layout="constrained")
-    seen, read, done = figure.subplot_mosaic("sr;sd").values()  # s over both rows, r above d
+    # The big one over both rows on the left; on the right, what is read above what is done.
+    seen, read, done = figure.subplot_mosaic("sr;sd").values()
     seen.set_title("where its pointers look, red and green, and the path it plans for the hand")
     seen.imshow(sheet_of(room.picture(), views_of(obs, policy, sentence), sentence))
     seen.plot(*route.T, ".-")
@@ -65,8 +66,8 @@ def draw_pass(args, policy, env):
 
 
 def count_attention(args, policy, env):
-    """Prints in how many control steps the patch attended to most shows what the sentence names, and
-    the word read most is its colour."""
+    """Prints in how many control steps the patch that a pointer looks at most shows the thing that
+    it should look for, and the word that it reads most is the thing's colour."""
     counts = defaultdict(list)
 
     def watch(obs):
@@ -77,8 +78,8 @@ def count_attention(args, policy, env):
         named = [thing for slot, thing in zip(env.slots, env.meaning) if slot in NAMES]
         for i, thing in enumerate(named or [env.thing]):
             pointer = f"the pointer to the {POINTERS[i]}"
-            at = shown == env.thing_geom[thing]
-            patch = heat[:, i] == heat[:, i].max()
+            at = shown == env.thing_geom[thing]  # (V, H, W), the pixels that show it
+            patch = heat[:, i] == heat[:, i].max()  # (V, H, W), the pixels looked at most
             if at.sum() >= VISIBLE:
                 counts[f"{pointer} is on it"].append(at[patch].any())
             if named:
@@ -92,6 +93,13 @@ def count_attention(args, policy, env):
         print(f"{what} in {sum(hits)}/{len(hits)} = {100 * np.mean(hits):.1f}% of control steps")
 
 
+def duration(call):
+    """How long a call takes, in words: the median, and what 95% of the calls stay below."""
+    seconds = timeit.repeat(call, number=1, repeat=CALLS)
+    middle, most = 1e3 * np.percentile(seconds, (50, 95))
+    return f"{middle:.1f} ms (p95 {most:.1f})"
+
+
 def measure_time(args, policy, env):
     """Prints how long a forward pass and a new sentence take on one core. The other actions of a
     chunk cost nothing."""
@@ -99,31 +107,29 @@ def measure_time(args, policy, env):
     sentence = info["instruction"]
 
     def hear_anew():
-        policy.heard = None, None
+        policy.heard = None, None  # forgets the sentence, which it would keep
         policy.hear(sentence)
 
-    plan = timeit.repeat(lambda: policy.plan([obs], sentence), number=1, repeat=CALLS)
-    hear = timeit.repeat(hear_anew, number=1, repeat=CALLS)
-    (plan, hear), (plan95, hear95) = 1e3 * np.percentile([plan, hear], (50, 95), 1)
-    print(
-        f"{policy.path}, one core: a forward pass takes {plan:.1f} ms (p95 {plan95:.1f}), "
-        f"a new sentence {hear:.1f} ms (p95 {hear95:.1f})"
-    )
+    plan = duration(lambda: policy.plan([obs], sentence))
+    hear = duration(hear_anew)
+    print(f"{policy.path}, one core: a forward pass takes {plan}, a new sentence {hear}")
 
 
 def show_demonstration(args):
     """Pictures of a recorded demonstration; its first camera stands for the room."""
-    with h5py.File(args.data) as file:
-        name = f"episode_{args.episode}"
-        if name not in file:
-            raise ValueError(f"{args.data} has no {name}; choose another --episode")
-        episode = file[name]
-        arrays = episode["observations"].items()
-        pictures = [array[:] for key, array in arrays if key.endswith("_image")]
-        end = " (interrupted)" if episode.attrs.get("interrupted") else ""
-        text = episode.attrs["instruction"] + end
-    views = np.concatenate(pictures, 1)  # (T, V H, W, 3)
-    film, scale = [], SIZE // views.shape[2]
+    try:
+        with h5py.File(args.data) as file:
+            episode = file[f"episode_{args.episode}"]
+            arrays = episode["observations"].items()
+            pictures = [array[:] for key, array in arrays if key.endswith("_image")]
+            text = episode.attrs["instruction"]
+            if episode.attrs.get("interrupted"):
+                text += " (interrupted)"
+    except (KeyError, OSError) as error:  # there is no such file or episode, or it is cut short
+        raise ValueError(f"{args.data}: {error}") from None
+    views = np.concatenate(pictures, 1)  # (T, V H, W, 3): of a moment, one above the other
+    scale = SIZE // views.shape[2]
+    film = []
     for now in views:
         first = now[: now.shape[1]].repeat(scale, 0).repeat(scale, 1)
         film.append(sheet_of(first, now, text))
