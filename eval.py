@@ -41,6 +41,7 @@ from gen_data import (
     expert,
     explain_errors,
     make_instruction,
+    pick,
 )
 from model import UNDERSTOOD, VLA, code_version
 
@@ -67,7 +68,9 @@ def fill_in(wording, slots):
 def tell_another(env, rng):
     """Asks for something else that fits the scene as it is now, if there is anything; returns the
     sentence and the observation. The clock starts again."""
-    request = env.draw_request(rng, avoid=env.request) or env.request
+    possible = [request for task in env.tasks for request in env.requests(task)]
+    others = [request for request in possible if request != env.request]
+    request = pick(others or [env.request], rng)
     env.set_request(request, make_instruction(request, rng, env.split == "phrasing"))
     return env.instruction, env.observe()
 

@@ -40,6 +40,7 @@ from gen_data import (
     RayCamera,
     cast,
     explain_errors,
+    pick,
 )
 from model import VLA
 
@@ -76,9 +77,8 @@ class Room(RayCamera):
         self.axes = np.stack([right, np.cross(back, right), back], 1)  # as MuJoCo's cameras have
 
     def show(self, env):
-        """Remembers where everything is, for picture(): that may be in another thread than the
-        scene, and drawing marks in the model what is in sight, so there is a copy of the model,
-        too."""
+        """Remembers where everything is and what it looks like, for picture(): that may be in another
+        thread than the scene."""
         self.model = copy.copy(env.model)
         mujoco.mj_copyData(self.shown, self.model, env.data)
         self.shown.cam_xpos[self.id] = self.MIDDLE + self.DISTANCE * self.axes[:, 2]
@@ -101,14 +101,12 @@ class Room(RayCamera):
         return eye + (height - eye[2]) / np.minimum(rays[:, 2:], -0.05) * rays
 
 
-@torch.inference_mode()
 def look_inside(policy, obs, sentence):
     """How much each pointer looks at each pixel, (V, 2, H, W), in one forward pass."""
-    images, state = policy.read_observations([obs])
-    attention = policy.look(images, state, sentence)["attention"][0].exp()  # (2, P)
+    attention = policy.look([obs], sentence)["attention"][0].exp()  # (2, P)
     side = policy.vision.side
     grid = attention.unflatten(1, (-1, side, side)).transpose(0, 1)  # (V, 2, side, side)
-    return torch.nn.functional.interpolate(grid, images.shape[2]).numpy()
+    return torch.nn.functional.interpolate(grid, policy.config.image_size).numpy()
 
 
 def views_of(obs, policy=None, sentence=None):
@@ -226,9 +224,10 @@ class Stage:
         self.examples = []
         rng = np.random.default_rng(self.env.seed)
         for task in self.env.tasks:
-            request = self.env.draw_request(rng, (task,))
-            if request and task in EXAMPLES:
-                self.examples.append(EXAMPLES[task].format(**request[1]))
+            requests = self.env.requests(task)
+            if requests and task in EXAMPLES:
+                _, slots = pick(requests, rng)
+                self.examples.append(EXAMPLES[task].format(**slots))
 
     def do_look(self, chosen):
         self.looking = chosen
@@ -244,7 +243,7 @@ class Stage:
     def do_grab(self, x, y):
         """Takes the block there, if there is one; returns whether."""
         geom = self.room.geom.flat[self.pixel(x, y)]
-        if geom not in self.env.block_geom:
+        if geom not in self.env.thing_geom[: self.env.n_blocks]:
             return False
         self.held = self.env.model.geom_bodyid[geom]
         self.goal = self.env.data.xpos[self.held] + [0, 0, self.HOVER]  # m, where it is drawn to

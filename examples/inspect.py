@@ -39,7 +39,7 @@ def draw_pass(args, policy, env):
     obs, info = env.reset(args.seed)
     sentence = args.instruction or info["instruction"]
     policy.reset(args.seed)
-    actions = policy.plan([obs], sentence)  # (K, A)
+    actions = policy.look([obs], sentence)["actions"][0].numpy()  # (K, A)
     reading = policy.hear(sentence)["reading"][0]  # (2, L)
     room = Room(env.model, SIZE)
     room.show(env)
@@ -84,8 +84,7 @@ def count_attention(args, policy, env):
                 counts[f"{pointer} is on it"].append(at[patch].any())
             if named:
                 word = split(env.instruction)[reading[i].argmax()]
-                colors = env.block_colors + env.pad_colors
-                counts[f"{pointer} reads its colour"].append(word == colors[thing])
+                counts[f"{pointer} reads its colour"].append(word == env.colors[thing])
 
     for seed in range(args.seed, args.seed + args.episodes):
         play(policy, env, seed, watch=watch)
@@ -107,12 +106,12 @@ def measure_time(args, policy, env):
     sentence = info["instruction"]
 
     def hear_anew():
-        policy.heard = None, None  # forgets the sentence, which it would keep
+        policy.heard = {}  # forgets the sentence, which it would keep
         policy.hear(sentence)
 
-    plan = duration(lambda: policy.plan([obs], sentence))
+    look = duration(lambda: policy.look([obs], sentence))
     hear = duration(hear_anew)
-    print(f"{policy.path}, one core: a forward pass takes {plan}, a new sentence {hear}")
+    print(f"{policy.path}, one core: a forward pass takes {look}, a new sentence {hear}")
 
 
 def show_demonstration(args):
