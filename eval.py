@@ -68,8 +68,12 @@ def fill_in(wording, slots):
 def tell_another(env, rng):
     """Asks for something else that fits the scene as it is now, if there is anything; returns the
     sentence and the observation. The clock starts again."""
-    possible = [request for task in env.tasks for request in env.requests(task)]
-    others = [request for request in possible if request != env.request]
+    others = [
+        request
+        for task in env.tasks
+        for request in env.requests(task)
+        if request != env.request
+    ]
     request = pick(others or [env.request], rng)
     env.set_request(request, make_instruction(request, rng, env.split == "phrasing"))
     return env.instruction, env.observe()
@@ -173,12 +177,13 @@ def play_all(scenes, *setup):
         return list(map(play_job, scenes))
     with multiprocessing.get_context("spawn").Pool(None, start, setup) as pool:
         results = pool.imap(play_job, scenes)
-        return list(tqdm(results, total=len(scenes), disable=None, leave=False))
+        return list(tqdm(results, total=len(scenes), leave=False, disable=None))
 
 
 # ----------------------------------------------------------------------------------- results
-def wilson(k, n, z=1.96):
+def wilson(k, n):
     """95% interval of a proportion (Wilson 1927); well behaved at 0 and 1."""
+    z = 1.96  # standard deviations
     total = n + z**2
     centre = (k + z**2 / 2) / total
     half = z * (k * (n - k) / n + z**2 / 4) ** 0.5 / total
@@ -224,8 +229,7 @@ def read_instructions(path):
 
 def describe(row):
     """A line about a row."""
-    label = row["control"].replace("none", "policy")
-    text = f"{label:15} {percent(row['k'], row['n'])}"
+    text = f"{row['control'].replace('none', 'policy'):15} {percent(row['k'], row['n'])}"
     if row["control"] == "swap":
         text += f" on the sentence told, {row['original_success']} on the original"
     return (
@@ -282,7 +286,7 @@ if __name__ == "__main__":
             runs.append((model.path, control, [scene | dict(control=control) for scene in scenes]))
         if reworded:
             runs.append((model.path, "these sentences", reworded))
-    print(f"{len(scenes)} scenes from seed {args.seed}, split {args.split}", flush=True)
+    print(f"{len(scenes)} scenes from seed {args.seed}, split {args.split}")
     setting = dict(split=args.split, randomize=args.randomize)
     rows, episodes = [], []
     for who, control, played in runs:
@@ -292,7 +296,7 @@ if __name__ == "__main__":
         found = choose([result["task"] for result in results], TASKS)
         *of_tasks, of_all = [summarize(results, task, about) for task in [*found, "all"]]
         rows += [*of_tasks, of_all]
-        print(describe(of_all), flush=True)
+        print(describe(of_all))
         print("    " + ", ".join(f"{row['task']} {row['k']}/{row['n']}" for row in of_tasks))
     nothing = [wording for task, wording, _ in lines if task == "none"]
     if nothing:
@@ -300,6 +304,6 @@ if __name__ == "__main__":
         rows.append(dict(policy=model.path, control="declined", task="none", k=k, n=len(nothing)))
         print(f"{percent(k, len(nothing))} of the sentences that ask for nothing are declined")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        found = dict(rows=rows, episodes=episodes, code=code_version())
-        args.out.write_text(json.dumps(found, indent=1))
+        args.out.parent.mkdir(exist_ok=True)
+        content = json.dumps(dict(rows=rows, episodes=episodes, code=code_version()), indent=1)
+        args.out.write_text(content)
