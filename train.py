@@ -68,7 +68,6 @@ RECIPES = dict(  # other defaults
         chunk=1,
         loss="mse",
         language_weight=0.0,
-        typos=0.0,
         optimizer="adamw",
         adam_lr=1e-4,
         batch_size=32,
@@ -106,7 +105,6 @@ add("--attention_weight", 0.1, "of pulling attention onto thing and place; sinks
 add("--goal_weight", 0.5, "of the regression of their positions")
 add("--language_weight", 0.2, "of what a sentence asks for and which words name thing and place")
 # augmentation
-add("--typos", 0.04, "share of words that are misspelt")
 add("--shuffle_names", 1, "1: shuffled colours in the words in context")
 add("--shift", 0, "px that pictures are shifted by at random, at most")
 # machine
@@ -365,21 +363,10 @@ class Sentences:
             name = names.get(word)
             if word.startswith("{") and name is None:
                 name = others.pop()  # nothing is asked for, so any will do
-            spelt = name or self.misspell(word, rng)
-            true.append(spelt)
-            shown.append(shuffled.get(name, spelt))
+            true.append(name or word)
+            shown.append(shuffled.get(name, name or word))
         text, names = tokenize(" ".join(shown), config), tokenize(" ".join(true), config)
         return text, names, self.number[intent], [*spoken, -1, -1][: len(POINTERS)]
-
-    def misspell(self, word, rng):
-        """The word, or one time in many with a letter left out, doubled or swapped with the
-        next."""
-        if len(word) < 3 or word.startswith("{") or rng.random() >= args.typos:
-            return word
-        i = rng.integers(len(word) - 1)
-        one, two = word[i : i + 2]
-        middle = (two, one + one + two, two + one)[rng.integers(3)]
-        return word[:i] + middle + word[i + 2 :]
 
 
 # ---------------------------------------------------------------------------- demonstrations
