@@ -228,7 +228,7 @@ class Vision(nn.Module):
         self.blocks = encoder(config, 0 if whole else config.layers)
 
     def forward(self, images, shift):
-        """shift (B, V, 2), y and x: by how much pictures were shifted, as a share of their size.
+        """shift (B, 2), y and x: by how much pictures were shifted, as a share of their size.
         The places of patches are those before that."""
         x = images.movedim(4, 2).float()  # (B, V, 3, H, W)
         kept = self.score(x).topk(self.keep).indices.sort().values
@@ -244,7 +244,7 @@ class Vision(nn.Module):
         batch = torch.arange(len(images), device=images.device)[:, None]
         chosen = windows[batch, view, :, cell[..., 0], cell[..., 1]]  # (B, kept, 3, size, size)
         x = self.embed(chosen.flatten(0, 1)).unflatten(0, kept.shape)
-        cell = cell - self.side * shift.take_along_dim(view[..., None], 1)
+        cell = cell - self.side * shift[:, None]
         x = x + F.embedding(view, self.view) + sincos_2d(cell, x.shape[2])
         return self.blocks(x), kept, (cell + 0.5) / self.side
 
@@ -700,7 +700,7 @@ class VLA(Policy):
     def look(self, images, state, sentence):
         """The forward pass of one moment: what read_observations() gives, and a sentence."""
         first = torch.zeros(1, dtype=torch.long, device=images.device)
-        still = torch.zeros(1, images.shape[1], 2, device=images.device)
+        still = torch.zeros(1, 2, device=images.device)
         batch = dict(images=images, state=state, sentence=first, shift=still)
         return self(batch | dict(heard=self.hear(sentence)))
 

@@ -403,7 +403,7 @@ def make_batch(model, observations, sentence):
     """What VLA.forward takes; sentence: which of SENTENCES each moment has."""
     read = [model.read_observations([obs] * model.config.frames) for obs in observations]
     images, state = map(torch.cat, zip(*read))
-    shift = torch.zeros(*images.shape[:2], 2)
+    shift = torch.zeros(len(images), 2)
     sentence = torch.tensor(sentence)
     return texts(model, SENTENCES) | dict(
         images=images, state=state, shift=shift, sentence=sentence
@@ -677,7 +677,7 @@ def test_labels_of_hands_that_feel_nothing_and_of_pictures_that_move(here):
     moved, seen, shift = script["shifted"](images, uv, 4)
     spots = moved[:, 1, :, :, 0].nonzero()[:, 1:]  # y, x
     assert torch.equal(seen[:, 0, 0].flip(1), (spots + 0.5) / 64)
-    assert torch.equal(shift[:, 1] * 64, spots - torch.tensor([30, 20])) and shift.any()
+    assert torch.equal(shift * 64, spots - torch.tensor([30, 20])) and shift.any()
     between = torch.tensor([3 / 8, 3.5 / 8]).expand(1, 2, 1, 2)  # two patches of the fourth row
     target = script["attention_target"](between, 8)[0, 1]
     assert target.nonzero()[:, 0].tolist() == [26, 27] and target[26] == target[27] == 0.5
