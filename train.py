@@ -286,16 +286,14 @@ def other_light(images, amount):
 
 def shifted(images, uv, most):
     """Random shifts, as in DrQ (arXiv:2004.13649): the pictures of each moment (B, V, H, W, 3), all
-    shifted by up to `most` px alike, their edges repeated; where things are seen in them now, (B,
-    2, V', 2); and by how much they are shifted, (B, V, 2), y and x, as a share of their size."""
-    B, V, H = images.shape[:3]
-    move = torch.randint(-most, most + 1, (B, 2))  # y, x
-    y, x = (torch.arange(H) - move[..., None]).clamp(0, H - 1).unbind(1)  # (B, H)
-    moment = torch.arange(B)[:, None, None]
-    images = images[moment, :, y[:, :, None], x[:, None]].movedim(3, 1)
-    now = uv + move.flip(1)[:, None, None] / H
-    seen = (uv[..., :1] >= 0) & ((now >= 0) & (now < 1)).all(-1, keepdim=True)
-    return images, torch.where(seen, now, -1.0), (move / H)[:, None].expand(B, V, 2)
+    shifted by up to `most` px alike, their edges repeated; where things are in them now, (B, 2, V',
+    2), x and y; and by how much they are shifted, (B, 2), y and x, as a share of the picture."""
+    size = images.shape[2]
+    move = torch.randint(-most, most + 1, (len(images), 2))  # px, y and x
+    origin = (torch.arange(size) - move[..., None]).clamp(0, size - 1)  # of rows, of columns
+    images = [views[:, rows][:, :, columns] for views, (rows, columns) in zip(images, origin)]
+    shift = move / size
+    return torch.stack(images), uv + shift.flip(1)[:, None, None], shift
 
 
 def attention_target(uv, side):
@@ -506,7 +504,7 @@ class Demonstrations:
         history = history.maximum(self.start[rows, None])
         images = self.pictures_of(history).flatten(1, 2)
         uv = self.uv[rows]
-        shift = torch.zeros(*images.shape[:2], 2)
+        shift = torch.zeros(len(rows), 2)
         if args.shift and augment:
             images, uv, shift = shifted(images, uv, args.shift)
         if args.randomize and augment:
