@@ -148,126 +148,66 @@ torch.set_flush_denormal(True)
 # How far the gripper is open, as a share of its widest, with a thing in it: above EMPTY, below
 # FULL.
 EMPTY, FULL = 0.1, 0.65
-LONG = 20  # steps half open: more than fingers take to close
 UNDER = 0.04  # m from a hand that lets go down to what lies below the thing: a pad 3, a block 5 cm
-LIFTED = 0.03  # m that a hand rises at least with what it has taken
-SLACK = 0.01  # m that it sinks at most before
-CARRIED = 0.1  # m sideways, of a thing that was not just lifted
-LOW = 0.025  # m above its lowest: where the hand pushes
+PUSHED = 0.08  # m that a push moves a thing, at the least
 REACH = 0.03  # m from the hand to the middle of what it pushes
-STRAIGHT = 0.03  # m: a way that keeps this near to a straight line has no corner
-SHORT = 0.05  # m: a shorter way has little of a direction
-PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where it came from
 
 
 def hindsight(hand, opening, close, complete):
     """What an episode turned out to be about, by the robot's own numbers: where the thing was, where
-    it was to go, and what is to be seen there, which is the middle of what it was put on, or the
-    goal that it was carried to. Each is (T, 3) m, or (3,) if it is the same at all moments, or nan:
-    unknown.
+    it was to go, and what is to be seen there, each (T, 3) m, or (3,) if it is the same at all
+    moments, or nan: unknown.
 
-    | in the hand               | thing                      | place             | see         |
-    | something                 | where it closes next       | where it opens    | moved()     |
-    | nothing, and it ends shut | ahead of the hand          | beyond that       | pushed()    |
-    | nothing                   | nan                        | where it ends     | below       |
+    | in the hand               | thing                      | place             | see        |
+    | nothing, and it ends shut | ahead of the hand          | beyond that       | pushed()   |
+    | something                 | where it closes next       | where it opens    | moved()    |
+    | nothing                   | nan                        | where it ends     | the same   |
 
-    hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted.
+    hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted, else
+    nobody knows where it would have gone.
     """
-    held = held_steps(opening, close)
-    if complete and close[-1] and opening[-1] < EMPTY and held.sum() < LONG:
-        held = held_thin(hand, opening)
-        if not held.any():
-            return pushed(hand, opening)
+    if complete and close[-1] and opening[-1] < EMPTY:
+        return pushed(hand)
+    half = close & (opening > EMPTY) & (opening < FULL)
+    neighbours = np.convolve(half, [1, 0, 1], "same")
+    held = half & (neighbours > 0)  # fingers that close on nothing are half open for one step
     # What was in the hand from the start counts only if it is the last thing that is held; else the
     # expert just put it away to take what was asked for.
-    if held[0]:
-        end = len(held) if held.all() else held.argmin()
-        if held[end:].any() or not complete:
-            held[:end] = False
+    put_away = np.append(held, False).argmin()  # the first step without it
+    if held[put_away:].any() or not complete:
+        held[:put_away] = False
+    thing, place, seen = np.nan, hand[-1], hand[-1]
     if held.any():
-        return moved(hand, held, complete)
-    place = hand[-1] if complete else np.nan  # nothing was in the hand: it was to go where it ended
-    return np.nan, place, place
+        thing, place, seen = moved(hand, held, close)
+    return (thing, place, seen) if complete else (thing, np.nan, np.nan)
 
 
-def moved(hand, held, complete):
-    """Something was in the hand.
+def moved(hand, held, close):
+    """Something was in the hand, and what it was put on is below where the hand opened.
 
     hand   ───▶ thing ════════▶ place ───▶     ═ held
                 closes          opens, or ends
-
-    Of an interrupted episode no place is known."""
+    """
     moments = np.flatnonzero(held)
     following = np.searchsorted(moments, np.arange(len(hand))).clip(max=len(moments) - 1)
-    thing = hand[moments[following]]  # where it closes next, or the hand
-    first, last = hand[moments[0]], hand[moments[-1]]
-    if not complete:
-        return thing, np.nan, np.nan
-    if not held[-1]:
-        return thing, last, last - [0, 0, UNDER]
-    carried = np.linalg.norm((last - first)[:2]) > CARRIED
-    return thing, last, last if carried else np.nan
+    thing = hand[moments[following]]  # where the hand closes next, or is
+    place = hand[close][-1]
+    return thing, place, np.nan if close[-1] else place - [0, 0, UNDER]
 
 
-def pushed(hand, opening):
-    """The hand ended shut with nothing in it: it came down behind the thing and pushed it straight
-    on, or round a corner.
+def pushed(hand):
+    """The hand ended shut with nothing in it: it went behind the thing and pushed it straight on.
+    Until then the thing lay where the push began.
 
-    hand   ↓  first            corner
-           └───▶ thing ────────┐
-                               ▼ end, place
+    hand   ╲
+            └▶ thing ───────▶ end ─ ─ ─▶ place
+               |── PUSHED ────|
     """
-    empty = opening < EMPTY
-    low = empty & (hand[:, 2] <= hand[empty, 2].min() + LOW)
-    first = max(np.flatnonzero(~low[:-1]), default=-1) + 1  # came down for good
-    for corner in range(len(hand) - 1, first - 1, -1):
-        way = toward(hand[first], hand[corner])
-        x, y, _ = (hand[first : corner + 1] - hand[first]).T
-        if np.abs(x * way[1] - y * way[0]).max() < STRAIGHT:
-            break
-    middle = (hand[first] + hand[corner]) / 2
-    ahead = hand + REACH * way
-    touched = (np.arange(len(hand)) >= first) & ((ahead - middle) @ way > 0)
-    thing = np.where(touched[:, None], ahead, middle)
-    place = thing + PUSHED * way
-    if corner < len(hand) - 1:
-        place[:] = hand[-1] + REACH * toward(hand[corner], hand[-1])
-    return thing, place, np.nan
-
-
-def toward(start, end):
-    """The level direction from one place to another (3,), less than 1 long if it is uncertain."""
-    way = (end - start) * [1, 1, 0]
-    return way / max(np.linalg.norm(way), SHORT)
-
-
-def held_steps(opening, close):
-    """Whether something is in the hand, (T,) bool. A hold begins with two half-open steps in a
-    row, since fingers that close on nothing pass through one, and lasts until they open or turn
-    out to be empty.
-
-    opening  ▔▔▔╲____________╱▔▔▔    FULL
-             held ▒▒▒▒▒▒▒▒▒▒▒        EMPTY
-    """
-    half = (EMPTY < opening) & (opening < FULL)
-    half &= np.append(half[1:], False)
-    held = np.zeros(len(close), bool)
-    for t in range(len(close)):
-        still = t > 0 and held[t - 1] and opening[t] > EMPTY
-        held[t] = close[t] and (half[t] or still)
-    return held
-
-
-def held_thin(hand, opening):
-    """The same of a thing too thin to be felt, in an episode that ends shut, (T,) bool: it was
-    where the shut hand was lowest, if that ended higher.
-
-    height   ╲__ ▒▒╱▔▔▒▒▒   held
-    """
-    shut = max(np.flatnonzero(opening >= EMPTY), default=-1) + 1
-    height = hand[:, 2] - hand[shut:, 2].min()
-    taken = shut + np.argmax(height[shut:] < SLACK)
-    return (np.arange(len(hand)) >= taken) & (height[-1] > LIFTED)
+    far = np.linalg.norm(hand - hand[-1], axis=1) > PUSHED
+    begin = np.flatnonzero(far).max(initial=0)
+    way = (hand[-1] - hand[begin]) / PUSHED  # about 1 long, less if the hand hardly moved
+    thing = hand[np.arange(len(hand)).clip(min=begin)] + REACH * way
+    return thing, thing + PUSHED * way, np.nan
 
 
 # ------------------------------------------------------------------------------ augmentation
