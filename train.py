@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
 
 from gen_data import PRIVILEGED, TASKS, explain_errors, project
 from model import (
@@ -42,10 +43,10 @@ from model import (
     DROPPED,
     POINTERS,
     POLICIES,
-    WORD,
     Config,
     code_version,
     load_file,
+    split,
     tokenize,
 )
 
@@ -105,7 +106,6 @@ add("--attention_weight", 0.1, "of pulling attention onto thing and place; sinks
 add("--goal_weight", 0.5, "of the regression of their positions")
 add("--language_weight", 0.2, "of what a sentence asks for and which words name thing and place")
 # augmentation
-add("--shuffle_names", 1, "1: shuffled colours in the words in context")
 add("--shift", 0, "px that pictures are shifted by at random, at most")
 # machine
 add("--device", "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
@@ -247,64 +247,59 @@ def attention_target(uv, side):
 
 # --------------------------------------------------------------------------------- sentences
 class Sentences:
-    """Sentences, worded afresh at every step. requests: [(intent, slots as JSON), ..] of the
-    episodes; wordings: {intent: sentences with {names} left open}."""
+    """Sentences, worded afresh at every step. requests: [(intent, slots as JSON), ..], sorted;
+    wordings: {intent: sentences with {names} left open}. Makes of them `intents`, see Config."""
 
     NONE = 16  # sentences in a batch that ask for nothing
-    LONGEST = 24  # words, of a sentence to train on: the longest of a batch sets its cost
 
     def __init__(self, requests, wordings):
+        self.wordings = wordings
         self.requests, self.intents = [], {}
         for intent, slots in requests:
             slots = json.loads(slots)
-            # Words that are no part of the intent are names, which wordings leave open.
+            # Words that are no part of the intent are names.
             names = {slot: word for slot, word in slots.items() if word not in intent.split()}
-            self.requests.append((intent, {"{%s}" % slot: word for slot, word in names.items()}))
+            self.requests.append((intent, names))
             self.intents[intent] = slots | dict.fromkeys(names)
-        self.intents = dict(sorted(self.intents.items())) | dict(none={})
-        self.number = {intent: i for i, intent in enumerate(self.intents)}
-        self.names = sorted({word for _, names in self.requests for word in names.values()})
-        self.wordings = {}  # each a list of words
-        for intent, sentences in wordings.items():
-            words = [re.findall(r"{\w+}|" + WORD, sentence.lower()) for sentence in sentences]
-            short = [sentence for sentence in words if len(sentence) <= self.LONGEST]
-            self.wordings[intent] = short or words
+        self.intents["none"] = {}
+        self.names = sorted({name for _, names in self.requests for name in names.values()})
 
     def draw(self, requests, rng):
-        """For each of the distinct requests (U,) and NONE more: text and names (U, L, n), intent
-        (U,), and spoken (U, 2), which words name thing and place, -1: none."""
+        """For each of these requests (U,) and NONE more what word() gives, stacked."""
         asked = [self.requests[request] for request in requests]
-        asked += [("none", {})] * self.NONE * ("none" in self.wordings)
-        text, names, intent, spoken = zip(*[self.word(*request, rng) for request in asked])
-        text, names = torch.stack(text), torch.stack(names)
-        return dict(
-            text=text, names=names, intent=torch.tensor(intent), spoken=torch.tensor(spoken)
-        )
+        if "none" in self.wordings:
+            asked += [("none", {})] * self.NONE
+        return default_collate([self.word(*request, rng) for request in asked])
 
     def word(self, intent, names, rng):
-        """One sentence. The words in context get shuffled names, so that nothing but the names can
-        depend on these:
+        """One sentence as a dict: text and names (L, n), the number of its intent, and spoken (2,),
+        at which words it names thing and place, -1: at none. The words in context get shuffled
+        names, so that nothing but the bare names can depend on these:
 
-        wording    put the {block} cube on the {pad} disc      block red, pad green
+        wording    put the {block} cube on the {pad} disc
         names      put the red cube on the green disc
-        text       put the blue cube on the purple disc        red -> blue, green -> purple
+        text       put the blue cube on the purple disc
         """
         choice = self.wordings[intent]
         wording = choice[rng.integers(len(choice))]
-        spoken = [wording.index(slot) if slot in wording else -1 for slot in names]
-        others = rng.permutation(self.names).tolist()
-        shuffled = dict(zip(self.names, others))
-        if config.text == "char" or not config.pointers or not args.shuffle_names:
-            spoken, shuffled = [], {}
-        true, shown = [], []
-        for word in wording:
-            name = names.get(word)
-            if word.startswith("{") and name is None:
-                name = others.pop()  # nothing is asked for, so any will do
-            true.append(name or word)
-            shown.append(shuffled.get(name, name or word))
-        text, names = tokenize(" ".join(shown), config), tokenize(" ".join(true), config)
-        return text, names, self.number[intent], [*spoken, -1, -1][: len(POINTERS)]
+        slots = re.findall(r"{(\w+)}", wording)
+        # Where nothing is asked for, any name will do; if there are too few, the slot's own.
+        shuffled = dict(zip(slots, [*rng.permutation(self.names), *slots]))
+        true = shuffled | names
+        spoken = torch.full([len(POINTERS)], -1)
+        if config.pointers and config.text == "word":
+            for pointer, slot in enumerate(names):
+                before, named, _ = wording.partition("{%s}" % slot)
+                if named:
+                    spoken[pointer] = len(split(before))
+        else:
+            shuffled = true
+        return dict(
+            text=tokenize(wording.format(**shuffled), config),
+            names=tokenize(wording.format(**true), config),
+            intent=list(self.intents).index(intent),
+            spoken=spoken,
+        )
 
 
 # ---------------------------------------------------------------------------- demonstrations
