@@ -237,11 +237,11 @@ def shifted(images, uv, most):
 
 
 def attention_target(uv, side):
-    """Where things are seen, (B, 2, V', 2), x and y, 0..1 or -1, to how much attention each patch
-    of these views should have, (B, 2, V' * side * side): that of bilinear interpolation, so that
-    the mean place is the thing's."""
+    """Where things are seen, (B, 2, V', 2), x and y, inside the picture 0..1, nan: unknown, to how
+    much attention each patch of these views should have, (B, 2, V' * side * side): that of bilinear
+    interpolation, so that the mean place is the thing's."""
     away = (uv[..., None] * side - 0.5 - torch.arange(side)).abs()  # patches, (B, 2, V', 2, side)
-    x, y = (1 - away).clamp_min(0).unbind(3)
+    x, y = (1 - away).clamp_min(0).nan_to_num().unbind(3)
     return (y[..., None] * x[..., None, :]).flatten(2)
 
 
@@ -313,35 +313,32 @@ def frames(dataset):
 class Demonstrations:
     """Everything of the data files in memory, one row for each of N moments:
 
-    pictures: N lists of one compressed picture a camera; state (N, S); action (N, A); start, end
-    (N,): rows of its episode; request (N,), index in sentences.requests; goal (N, 6) m, world
-    frame, where thing and place are, nan: unknown; uv (N, 2, V', 2), where those are in each
-    camera's picture, x and y, 0..1, -1: not seen. train, valid: rows to learn from, and those of
-    held-out scenes, one in twenty.
+    pictures: N lists of one compressed picture a camera; state (N, S); action (N, A); goal (N, 6) m,
+    world frame, where thing and place are; uv (N, 2, V', 2), where those are in each camera's
+    picture, x and y, inside it 0..1; nan: unknown. episode (N,): the number of its episode, in which
+    these are listed: start, end: its rows; request: index in sentences.requests. train, valid: rows
+    to learn from, and those of held-out scenes, one in twenty.
     """
 
     def __init__(self, paths):
+        self.pictures, self.state_keys = [], ()
         episodes, wordings = [], {}
         for path in paths:
-            name = "data"
             try:
                 with h5py.File(path) as file:
                     for name in file:
                         if name.startswith("episode_"):
-                            episodes.append(self.load(file[name]))
+                            episodes.append(self.load(file[name], len(episodes)))
                     for intent, sentences in file.get("wordings", {}).items():
                         wordings.setdefault(intent, []).extend(sentences.asstr()[:])
             except (KeyError, ValueError, OSError) as error:
-                raise ValueError(f"{path}, {name}: {error}") from None
+                raise ValueError(f"{path}: {error}") from None
         known = bool(wordings)  # else each sentence stands for itself, and there are no intents
-        for i, episode in enumerate(episodes):
-            sentence = episode["instruction"]
-            episode.update(
-                dict(intent=sentence, slots="{}", scene_seed=i, task="demonstrated") | episode
-            )
-            wordings.setdefault(episode["intent"], [sentence])
+        for episode in episodes:
+            wordings.setdefault(episode["intent"], [episode["instruction"]])
         asked = [(episode["intent"], episode["slots"]) for episode in episodes]
         requests, request = np.unique(asked, axis=0, return_inverse=True)
+        self.request = torch.from_numpy(request)
         self.sentences = Sentences(requests.tolist(), wordings)
         self.intents = self.sentences.intents if known else {}
         self.tasks = tuple(dict.fromkeys(episode["task"] for episode in episodes))
@@ -351,70 +348,65 @@ class Demonstrations:
             self.label(episode, episode["opening"] / widest)
         for name in ("state", "action", "goal", "uv"):
             column = np.concatenate([episode[name] for episode in episodes])
-            setattr(self, name, torch.from_numpy(column))
-        self.pictures = [moment for episode in episodes for moment in episode["pictures"]]
-        lengths = [len(episode["action"]) for episode in episodes]
-        self.end = torch.from_numpy(np.repeat(np.cumsum(lengths), lengths))
-        self.start = self.end - torch.from_numpy(np.repeat(lengths, lengths))
-        self.request = torch.from_numpy(np.repeat(request, lengths))
-        scenes = [episode["scene_seed"] for episode in episodes]
-        number = np.unique(scenes, return_inverse=True)[1]
-        held_out = np.repeat(number % 20 == 0, lengths)
+            setattr(self, name, torch.from_numpy(column).float())
+        lengths = torch.tensor([len(episode["action"]) for episode in episodes])
+        self.episode = torch.arange(len(episodes)).repeat_interleave(lengths)
+        self.end = lengths.cumsum(0)
+        self.start = self.end - lengths
+        _, scene = np.unique([episode["scene_seed"] for episode in episodes], return_inverse=True)
+        held_out = (scene % 20 == 0)[self.episode]
         self.train, self.valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        if not len(self.train):
-            raise ValueError(f"{path} has one scene, and there must be others to hold out")
         self.state_mean, self.state_std = self.spread(self.state)
         self.goal_mean, self.goal_std = self.spread(self.goal)
 
-    def load(self, episode):
-        """An episode of T moments as a dict: its attributes, and its arrays. The first one says
-        what there is in all."""
-        keys = list(episode["observations"])
-        if not hasattr(self, "cameras"):
+    def load(self, episode, number):
+        """An episode of T moments as a dict: its attributes, and its arrays but for the pictures.
+        The first one says what there is in all."""
+        if not self.state_keys:
+            keys = list(episode["observations"])
             pictures = [key.removesuffix("_image") for key in keys if key.endswith("_image")]
             self.cameras = tuple(args.cameras.split(",") if args.cameras else pictures)
             self.image_size = episode[f"observations/{self.cameras[0]}_image"].shape[1]
-            hidden = PRIVILEGED
+            hidden = {*PRIVILEGED, *[f"{name}_image" for name in pictures]}
             if config.model == "bc":  # which has no eyes, but is told where things are
-                self.cameras, hidden = (), ()
-            numbers = [key for key in keys if not key.endswith("_image")]
-            self.state_keys = tuple(key for key in numbers if key not in hidden)
+                self.cameras, hidden = (), hidden - {*PRIVILEGED}
+            self.state_keys = tuple(key for key in keys if key not in hidden)
         T = len(episode["actions"])
 
         def read(key):
             array = episode[key][:].astype(np.float32)
             if len(array) != T or not np.isfinite(array).all():
-                raise ValueError(f"{key} is not {T} rows of finite numbers")
+                raise ValueError(f"{episode.name}/{key} is not {T} rows of finite numbers")
             return array
 
+        action = read("actions")
+        if np.abs(action).max() > 1:
+            raise ValueError(f"{episode.name}/actions must be from -1 to 1")
         views = [frames(episode[f"observations/{name}_image"]) for name in self.cameras]
-        found = dict(
-            episode.attrs,
-            action=read("actions"),
+        self.pictures += list(zip(*views)) or [()] * T
+        sentence = episode.attrs["instruction"]
+        about = dict(intent=sentence, slots="{}", task="demonstrated", interrupted=False)
+        about |= dict(scene_seed=number) | dict(episode.attrs)
+        return about | dict(
+            action=action,
             state=np.hstack([read(f"observations/{key}") for key in self.state_keys]),
             hand=read("observations/ee_pos"),
             opening=read("observations/gripper")[:, 0],
-            pictures=list(zip(*views)) or [()] * T,
+            matrices={name: read(f"cameras/{name}") for name in episode.get("cameras", ())},
         )
-        if np.abs(found["action"]).max() > 1:
-            raise ValueError("actions must be from -1 to 1")
-        return found | {name: read(f"cameras/{name}") for name in episode.get("cameras", ())}
 
     def label(self, episode, opening):
         """Adds goal and uv to an episode, see hindsight(). opening (T,), share."""
-        close = episode["action"][:, -1] < 0  # 0: neither
-        complete = not episode.get("interrupted", False)
         hand = episode["hand"]
-        labels = hindsight(hand, opening, close, complete)
-        thing, place, seen = [np.broadcast_to(label, hand.shape) for label in labels]
-        episode["goal"] = np.hstack([thing, place]).astype(np.float32)
-        uv = np.full((len(thing), 2, len(self.cameras), 2), -1, np.float32)
+        close = episode["action"][:, -1] < 0  # 0: neither
+        labels = hindsight(hand, opening, close, not episode["interrupted"])
+        _, thing, place, seen = np.broadcast_arrays(hand, *labels)
+        episode["goal"] = np.hstack([thing, place])
+        episode["uv"] = np.full((len(hand), 2, len(self.cameras), 2), np.nan)
         for v, name in enumerate(self.cameras):
-            if name in episode:
-                at, depth = project(np.stack([thing, seen], 1), episode[name])
-                shows = (depth > 0) & (np.abs(at - 0.5) < 0.5).all(-1)
-                uv[:, :, v] = np.where(shows[..., None], at, -1)
-        episode["uv"] = uv
+            if name in episode["matrices"]:
+                points = np.stack([thing, seen], 1)
+                episode["uv"][:, :, v], _ = project(points, episode["matrices"][name])
 
     def spread(self, x):
         """Mean and standard deviation of each column, of training moments where it is known."""
@@ -431,12 +423,13 @@ class Demonstrations:
 
     def batch(self, rows, rng, augment=False):
         """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and
-        goal (B, G), normalised, and known (B, G), whether that can be told; spot (B, 2, P'), the
+        goal (B, G), normalised, nan: unknown; spot (B, 2, P'), the
         attention that thing and place should have; intent (U,), what each sentence asks for; spoken
         (U, 2), see Sentences."""
         rows = torch.from_numpy(rows)
+        episode = self.episode[rows]
         history = rows[:, None] - torch.arange(config.frames)  # newest first
-        history = history.maximum(self.start[rows, None])
+        history = history.maximum(self.start[episode, None])
         images = self.pictures_of(history).flatten(1, 2)
         uv = self.uv[rows]
         shift = torch.zeros(len(rows), 2)
@@ -446,10 +439,9 @@ class Demonstrations:
             images = other_light(images, args.randomize)
 
         ahead = rows[:, None] + torch.arange(config.chunk)
-        valid = ahead < self.end[rows, None]  # nothing is known beyond the episode
-        target = self.action[ahead.clamp_max(len(self.end) - 1)] * valid[..., None]
-        requests, sentence = self.request[rows].unique(return_inverse=True)
-        goal = (self.goal[rows] - self.goal_mean) / self.goal_std
+        valid = ahead < self.end[episode, None]  # nothing is known beyond the episode
+        target = self.action[ahead.clamp_max(len(self.action) - 1)] * valid[..., None]
+        requests, sentence = self.request[episode].unique(return_inverse=True)
         batch = dict(
             self.sentences.draw(requests.tolist(), rng),
             images=images,
@@ -458,8 +450,7 @@ class Demonstrations:
             sentence=sentence,
             target=target,
             valid=valid,
-            goal=goal.nan_to_num(),
-            known=goal.isfinite(),
+            goal=(self.goal[rows] - self.goal_mean) / self.goal_std,
             spot=attention_target(uv, self.image_size // config.patch),
         )
         return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -475,8 +466,10 @@ def compute_losses(net, batch):
     error = found["error"].float().mean(-1) * batch["valid"]  # (B, K)
     terms = dict(action=error.sum() / batch["valid"].sum())
     if "goal" in found:
-        off = F.smooth_l1_loss(found["goal"].float(), batch["goal"], reduction="none", beta=0.1)
-        terms["goal"] = (off * batch["known"]).sum() / batch["known"].sum().clamp_min(1)
+        known = batch["goal"].isfinite()
+        pair = found["goal"].float()[known], batch["goal"][known]
+        error = F.smooth_l1_loss(*pair, beta=0.1, reduction="sum")
+        terms["goal"] = error / known.sum().clamp_min(1)
     if "attention" in found and config.vision != "cnn":
         spot = batch["spot"]
         attention = found["attention"].float()[..., : spot.shape[2]]  # of the newest pictures
