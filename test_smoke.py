@@ -46,9 +46,7 @@ from model import CHOICES, VLA, Config, Mixture, ngrams, split, tokenize
 BUDGET = dict(gen_data=9_363, model=6_002, train=6_595, eval=2_165, play=3_274, test_smoke=7_000)
 TOKENS, LINES = 27_399, 3_086  # of the five scripts together; lines that are not blank
 
-TRAIN = (
-    "train.py --data demos --device cpu --steps 6 --batch_size 8 --log_interval 1 --eval_interval 0"
-)
+TRAIN = "train.py --data demos --device cpu --steps 6 --batch_size 8 --eval_interval 1 --eval_episodes 0"
 SHIPPED = ROOT / "assets/ckpt.pt"
 FRONT = "observations/front_image"
 SENTENCES = [
@@ -124,9 +122,7 @@ def toy(tmp_path_factory):
 
 
 def read_log(folder):
-    """The lines of its log, without what differs from run to run."""
-    lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
-    return [line | dict(samples_per_s=0) for line in lines]
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -590,10 +586,10 @@ def test_the_policy_that_is_shipped_does_it(here):
 
 # ----------------------------------------------------------------------------------- training
 def test_training_is_a_function_of_its_seed_and_resumes_exactly(toy, here):
-    with process(f"{TRAIN} --eval_interval 3") as running:
+    with process(TRAIN) as running:
         read_until(running, "step     4")  # after the checkpoint
-    assert torch.load("out/resume.pt")["step"] == 3
-    run("train.py --resume out --eval_interval 0")  # with the settings it began with
+    assert 3 < torch.load("out/resume.pt")["step"] < 6
+    run("train.py --resume out")  # with the settings it began with
     assert read_log("out") == read_log("toy")
     assert same(*[torch.load(f"{folder}/ckpt.pt")["weights"] for folder in ("toy", "out")])
     run("train.py --resume out --steps 8 --lr 0.01")  # but what is said goes first
@@ -684,8 +680,8 @@ def test_labels_of_pushes_and_of_pictures_that_move(here):
 
 
 def test_bc_trains_on_data_that_it_makes_and_is_scored(here):
-    flags = "--recipe bc --episodes 8 --steps 30 --log_interval 15 --device cpu"
-    run(f"train.py {flags} --eval_interval 30 --eval_episodes 1")
+    flags = "--recipe bc --episodes 8 --steps 30 --device cpu"
+    run(f"train.py {flags} --eval_interval 15 --eval_episodes 1")
     first, last = read_log("out")
     assert last["loss"] < first["loss"] and [*here.glob("data/*/0000.h5")]
     bc = VLA.load("out/ckpt.pt")
@@ -843,7 +839,7 @@ gen_data.py --out text => text
 train.py --data missing => missing
 train.py --data cut.h5 => cut.h5
 train.py --data text => text
-train.py --data nan.h5 => episode_3: actions
+train.py --data nan.h5 => episode_3/actions
 train.py --data demos --cameras front,top => top
 train.py --data demos --out_dir toy => --overwrite
 train.py --data demos --steps 0 => --steps

@@ -88,7 +88,7 @@ add("--recipe", None, "None: one, or with several --tasks all", choices=RECIPES,
 # files
 add("--out_dir", Path("out"), "where results go")
 parser.add_argument("--overwrite", action="store_true", help="replace what is in --out_dir")
-parser.add_argument("--resume", type=Path, metavar="DIR", help="carry on from what is in DIR")
+add("--resume", None, "folder in which to carry on from what is there", type=Path)
 add("--data", "", "folder, file or 'pattern' of demonstrations; without it, made if missing")
 add("--tasks", "pick_place", f"what to learn: all, or a comma list of {', '.join(TASKS)}")
 add("--episodes", 1500, "demonstrations to make")
@@ -109,13 +109,13 @@ add("--language_weight", 0.2, "of what a sentence asks for and which words name 
 add("--shift", 0, "px that pictures are shifted by at random, at most")
 # machine
 add("--device", "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-add("--eval_interval", 500, "steps between checkpoints; 0: one at the end, and no score")
-add("--eval_episodes", 200, "episodes of the closed-loop score")
-add("--log_interval", 100, "steps between lines of the log")
+add("--eval_interval", 100, "steps between validations, each with a checkpoint")
+add("--eval_episodes", 200, "episodes of the closed-loop score; 0: none")
 # the model's own, explained in model.py
-OWN = [field for field in dataclasses.fields(Config) if field.type in (int, str)]
-OWN = [field for field in OWN if not field.name.endswith("_size")]  # these follow from the data
-for field in OWN:
+# but for what follows from the data
+own = [field for field in dataclasses.fields(Config) if field.type in (int, str)]
+own = [field for field in own if not field.name.endswith("_size")]
+for field in own:
     add(f"--{field.name}", field.default, "see Config in model.py", choices=CHOICES.get(field.name))
 
 said = parser.parse_args()
@@ -125,18 +125,16 @@ parser.set_defaults(**RECIPES[said.recipe or ("all" if several else "one")])
 parser.set_defaults(**saved["settings"])
 args = parser.parse_args()
 out_dir = args.resume or args.out_dir
-config = Config(
-    **{field.name: getattr(args, field.name) for field in OWN}
-)  # but for the data's part
-if min(args.steps, args.batch_size, args.log_interval, args.episodes) < 1:
-    raise ValueError("--steps, --batch_size, --log_interval and --episodes are at least 1")
+# Without what follows from the data, which is added below.
+config = Config(**{field.name: getattr(args, field.name) for field in own})
+if min(args.steps, args.batch_size, args.eval_interval) < 1:
+    raise ValueError("--steps, --batch_size and --eval_interval are at least 1")
 
 RANK = int(os.environ.get("RANK", 0))  # which process, of torchrun's
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-accelerator = torch.accelerator.current_accelerator(check_available=True)
 device = args.device
 if device == "auto":
-    device = accelerator.type if accelerator else "cpu"
+    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 bf16 = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
 torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")  # order of sums
@@ -212,16 +210,16 @@ def pushed(hand):
 
 # ------------------------------------------------------------------------------ augmentation
 def other_light(images, amount):
-    """Every second one of the pictures (B, V, H, W, 3) uint8, in other light and with a noisy
-    camera: what differs among the worlds of --randomize and needs no simulator."""
+    """Every second one of the pictures (B, V, H, W, 3) uint8, changed in place: in other light, in
+    other tints of the cameras and with their noise, which is what differs among the worlds of
+    --randomize and needs no simulator."""
     some = images[::2]
     B, V = some.shape[:2]
-    bright = 1 + amount * 0.2 * (2 * torch.rand(B, 1, 1, 1, 1) - 1)
-    tint = 1 + amount * 0.1 * (2 * torch.rand(B, V, 1, 1, 3) - 1)
-    noise = amount * 8 * torch.rand(B, 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
-    images = images.clone()
-    images[::2] = (some * bright * tint + noise).clamp(0, 255).to(torch.uint8)
-    return images
+    light = torch.empty(B, 1, 1, 1, 1).uniform_(-0.2, 0.2)
+    tint = torch.empty(B, V, 1, 1, 3).uniform_(-0.1, 0.1)
+    noise = 8 * torch.rand(B, 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
+    changed = some * (1 + amount * (light + tint)) + amount * noise
+    some[:] = changed.clamp(0, 255).to(torch.uint8)
 
 
 def shifted(images, uv, most):
@@ -436,7 +434,7 @@ class Demonstrations:
         if args.shift and augment:
             images, uv, shift = shifted(images, uv, args.shift)
         if args.randomize and augment:
-            images = other_light(images, args.randomize)
+            other_light(images, args.randomize)
 
         ahead = rows[:, None] + torch.arange(config.chunk)
         valid = ahead < self.end[episode, None]  # nothing is known beyond the episode
@@ -571,7 +569,6 @@ data = args.data or f"data/{args.tasks}"
 paths = sorted(glob.glob(f"{data}/*.h5") or glob.glob(data))
 if not paths:
     raise ValueError(f"there is no {data}; gen_data.py makes demonstrations")
-data_minutes = (time.time() - start) / 60
 demos = Demonstrations(paths)
 complete = dataclasses.replace(
     config,
@@ -590,9 +587,9 @@ model.state_mean, model.state_std = demos.state_mean, demos.state_std
 if config.model == "vla":
     model.goal_mean, model.goal_std = demos.goal_mean, demos.goal_std
     pictures = demos.pictures_of(torch.from_numpy(demos.train[::499])).float()  # (n, V', H, W, 3)
-    mean, std = pictures.mean((0, 2, 3)), pictures.std((0, 2, 3)).clamp_min(1)  # (V', 3)
+    std, mean = torch.std_mean(pictures, (0, 2, 3))  # (V', 3)
     model.vision.image_mean = mean.repeat(config.frames, 1)[..., None, None]
-    model.vision.image_std = std.repeat(config.frames, 1)[..., None, None]
+    model.vision.image_std = std.repeat(config.frames, 1)[..., None, None].clamp_min(1)
 model.to(device)
 net = DistributedDataParallel(model) if RANKS > 1 else model
 optimizers = make_optimizers(model)
@@ -644,9 +641,9 @@ def save(step):
 stopping = []  # Ctrl-C is heeded between steps
 for kind in (signal.SIGINT, signal.SIGTERM):
     signal.signal(kind, lambda *_: os._exit(130) if stopping else stopping.append(True))
-weights = dict(action=1.0, goal=args.goal_weight)
-weights["intent"] = weights["names"] = args.language_weight
-began, measured = time.time(), first_step
+language = args.language_weight
+weights = dict(action=1.0, goal=args.goal_weight, intent=language, names=language)
+began = time.time()
 for step in range(first_step, args.steps):
     rng = np.random.default_rng([args.seed, step])  # a batch is a function of seed and step
     torch.manual_seed(1_000_000 * args.seed + step + 10**12 * RANK)
@@ -670,19 +667,15 @@ for step in range(first_step, args.steps):
         optimizer.zero_grad()
 
     done = step + 1
-    last = done == args.steps
-    if done % args.log_interval == 0 or last:
-        seconds = (time.time() - began) / (done - measured)
+    stop = average(torch.tensor(float(len(stopping)), device=device))  # all processes together
+    if stop or done == args.steps or done % args.eval_interval == 0:
         losses = dict(loss=average(loss.detach()), **validate())
-        speed = args.batch_size / seconds
-        history.append(dict(step=done, **losses, lr=args.lr * rate, samples_per_s=speed))
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        print(f"step {done:5d}  {shown}  {seconds * 1e3:.0f} ms/step", flush=True)
-        began, measured = time.time(), done
-    stop = average(torch.tensor(float(len(stopping)), device=device))  # all of them together
-    if stop or last or args.eval_interval and done % args.eval_interval == 0:
+        history.append(dict(step=done, **losses, lr=args.lr * rate))
         save(done)
-    if stop and not last:
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        seconds = (time.time() - began) / (done - first_step)
+        print(f"step {done:5d}  {shown}  {seconds * 1e3:.0f} ms/step", flush=True)
+    if stop and done < args.steps:
         carry_on = f"python train.py --resume {shlex.quote(str(out_dir))}"
         print(f"stopped after {done} steps; {carry_on} carries on", file=sys.stderr)
         sys.exit(130)
@@ -692,7 +685,6 @@ if RANK > 0:
     sys.exit()
 
 # ------------------------------------------------------------------------------------- score
-minutes = (time.time() - start) / 60 - data_minutes
-print(f"{ckpt}, {log}; data {data_minutes:.1f} min, training {minutes:.1f} min", flush=True)
-if args.eval_interval and set(demos.tasks) <= set(TASKS):
+print(f"{ckpt}, {log}; {(time.time() - start) / 60:.1f} minutes", flush=True)
+if args.eval_episodes and set(demos.tasks) <= set(TASKS):
     run("eval.py", f"--ckpt={ckpt}", "--seed=0", f"--episodes={args.eval_episodes}")
