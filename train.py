@@ -53,7 +53,34 @@ from model import (
 explain_errors()
 
 # ---------------------------------------------------------------------------------- settings
-RECIPES = dict(  # other defaults
+SETTINGS = dict(  # flags and their defaults: --steps 800
+    recipe="",  # one of RECIPES, which are other defaults; '': all if there are several --tasks
+    # files
+    out_dir="out",  # where results go; --overwrite replaces what is there
+    resume="",  # the out_dir of a training to carry on
+    data="",  # folder, file or 'pattern' of demonstrations; '': data/TASKS, made if missing
+    tasks="pick_place",  # what to learn: all, or a comma list
+    episodes=1500,  # demonstrations to make
+    randomize=0.0,  # how much worlds differ, 0 to 1, in demonstrations to make and in their light
+    cameras="",  # comma list of the data's cameras to use; '': all
+    # optimisation
+    steps=1000,
+    batch_size=64,  # moments per step
+    optimizer="muon",  # of matrices between hidden layers; or adamw
+    lr=0.02,  # Muon's learning rate
+    adam_lr=2e-3,  # AdamW's learning rate, for everything else
+    seed=0,  # of weights and batches
+    # weights of the losses, see compute_losses()
+    attention_weight=0.1,  # of pulling attention onto thing and place; sinks with the rate
+    goal_weight=0.5,  # of the regression of their positions
+    language_weight=0.2,  # of what a sentence asks for and which words name thing and place
+    # the rest
+    shift=0,  # px that pictures are shifted by at random, at most
+    device="auto",  # cuda, mps or cpu; auto: the fastest there is
+    eval_interval=100,  # steps between validations, each with a checkpoint
+    eval_episodes=200,  # of the closed-loop score; 0: none
+)
+RECIPES = dict(
     one={},
     all=dict(tasks="all", steps=9000, batch_size=96, episodes=8000, randomize=1.0),
     bc=dict(model="bc", chunk=1, optimizer="adamw"),
@@ -74,59 +101,31 @@ RECIPES = dict(  # other defaults
         batch_size=32,
     ),
 )
+# The model's own are explained in model.py. Its sizes follow from the data.
+own = [field for field in dataclasses.fields(Config) if field.type in (int, str)]
+own = {field.name: field.default for field in own if not field.name.endswith("_size")}
+CHOICES |= dict(recipe=RECIPES, optimizer=("muon", "adamw"))
+
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-
-
-def add(flag, default, help, **options):
-    options.setdefault("type", type(default))
-    parser.add_argument(flag, default=default, help=f"{help} (default {default})", **options)
-
-
-add("--recipe", None, "None: one, or with several --tasks all", choices=RECIPES, type=str)
-# files
-add("--out_dir", Path("out"), "where results go")
 parser.add_argument("--overwrite", action="store_true", help="replace what is in --out_dir")
-add("--resume", None, "folder in which to carry on from what is there", type=Path)
-add("--data", "", "folder, file or 'pattern' of demonstrations; without it, made if missing")
-add("--tasks", "pick_place", f"what to learn: all, or a comma list of {', '.join(TASKS)}")
-add("--episodes", 1500, "demonstrations to make")
-add("--randomize", 0.0, "how much worlds differ, in demonstrations to make and in their light")
-add("--cameras", "", "comma list of the data's cameras to use; '': all")
-# optimisation
-add("--steps", 1000, "optimiser steps")
-add("--batch_size", 64, "moments per step")
-add("--optimizer", "muon", "for matrices between hidden layers", choices=("muon", "adamw"))
-add("--lr", 0.02, "Muon's learning rate")
-add("--adam_lr", 2e-3, "AdamW's learning rate, for everything else")
-add("--seed", 0, "seed of weights and batches")
-# labels and losses
-add("--attention_weight", 0.1, "of pulling attention onto thing and place; sinks with the rate")
-add("--goal_weight", 0.5, "of the regression of their positions")
-add("--language_weight", 0.2, "of what a sentence asks for and which words name thing and place")
-# augmentation
-add("--shift", 0, "px that pictures are shifted by at random, at most")
-# machine
-add("--device", "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-add("--eval_interval", 100, "steps between validations, each with a checkpoint")
-add("--eval_episodes", 200, "episodes of the closed-loop score; 0: none")
-# the model's own, explained in model.py
-# but for what follows from the data
-own = [field for field in dataclasses.fields(Config) if field.type in (int, str)]
-own = [field for field in own if not field.name.endswith("_size")]
-for field in own:
-    add(f"--{field.name}", field.default, "see Config in model.py", choices=CHOICES.get(field.name))
+for name, default in (SETTINGS | own).items():
+    where = "Config in model.py" if name in own else "SETTINGS in train.py"
+    help = f"see {where} (default {default!r})"
+    choices = CHOICES.get(name)
+    parser.add_argument(
+        f"--{name}", type=type(default), default=default, choices=choices, help=help
+    )
 
 said = parser.parse_args()
 several = said.tasks == "all" or "," in said.tasks
-saved = load_file(said.resume / "resume.pt") if said.resume else dict(settings={})
 parser.set_defaults(**RECIPES[said.recipe or ("all" if several else "one")])
+saved = load_file(Path(said.resume, "resume.pt")) if said.resume else dict(settings={})
 parser.set_defaults(**saved["settings"])
 args = parser.parse_args()
-out_dir = args.resume or args.out_dir
-# Without what follows from the data, which is added below.
-config = Config(**{field.name: getattr(args, field.name) for field in own})
+out_dir = Path(args.resume or args.out_dir)
+config = Config(**{name: getattr(args, name) for name in own})  # what follows from data comes later
 if min(args.steps, args.batch_size, args.eval_interval) < 1:
     raise ValueError("--steps, --batch_size and --eval_interval are at least 1")
 
@@ -413,11 +412,13 @@ class Demonstrations:
         return mean, (x - mean).square().nanmean(0).sqrt().nan_to_num() + 1e-3
 
     def pictures_of(self, rows):
-        """Pictures (..., V', H, W, 3) uint8 of these rows (...)."""
-        names = rows.flatten().tolist()
-        raw = b"".join(zlib.decompress(view) for row in names for view in self.pictures[row])
-        shape = *rows.shape, len(self.cameras), self.image_size, self.image_size, 3
-        return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape).copy())
+        """Pictures (B, V, H, W, 3) uint8 of these rows (B,), the newest of each camera first."""
+        history = rows[:, None] - torch.arange(config.frames)
+        history = history.maximum(self.start[self.episode[rows], None])
+        moments = [self.pictures[row] for row in history.flatten()]
+        raw = bytearray().join(zlib.decompress(view) for moment in moments for view in moment)
+        shape = len(rows), -1, self.image_size, self.image_size, 3
+        return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape))
 
     def batch(self, rows, rng, augment=False):
         """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and
@@ -425,10 +426,7 @@ class Demonstrations:
         attention that thing and place should have; intent (U,), what each sentence asks for; spoken
         (U, 2), see Sentences."""
         rows = torch.from_numpy(rows)
-        episode = self.episode[rows]
-        history = rows[:, None] - torch.arange(config.frames)  # newest first
-        history = history.maximum(self.start[episode, None])
-        images = self.pictures_of(history).flatten(1, 2)
+        images = self.pictures_of(rows)
         uv = self.uv[rows]
         shift = torch.zeros(len(rows), 2)
         if args.shift and augment:
@@ -436,9 +434,9 @@ class Demonstrations:
         if args.randomize and augment:
             other_light(images, args.randomize)
 
+        episode = self.episode[rows]
         ahead = rows[:, None] + torch.arange(config.chunk)
-        valid = ahead < self.end[episode, None]  # nothing is known beyond the episode
-        target = self.action[ahead.clamp_max(len(self.action) - 1)] * valid[..., None]
+        end = self.end[episode, None]  # beyond it nothing is known
         requests, sentence = self.request[episode].unique(return_inverse=True)
         batch = dict(
             self.sentences.draw(requests.tolist(), rng),
@@ -446,8 +444,8 @@ class Demonstrations:
             shift=shift,
             state=self.state[rows],
             sentence=sentence,
-            target=target,
-            valid=valid,
+            target=self.action[ahead.minimum(end - 1)],
+            valid=ahead < end,
             goal=(self.goal[rows] - self.goal_mean) / self.goal_std,
             spot=attention_target(uv, self.image_size // config.patch),
         )
@@ -476,9 +474,9 @@ def compute_losses(net, batch):
     if "intent" in found:
         terms["intent"] = F.cross_entropy(found["intent"].float(), batch["intent"])
     if "reading" in found:
-        spoken = batch["spoken"]
-        share = found["reading"].float().gather(2, spoken.clamp_min(0)[..., None])[..., 0]
-        terms["names"] = -((share + 1e-9).log() * (spoken >= 0)).mean()
+        words = (found["reading"].float() + 1e-9).log().mT  # (U, L, 2)
+        error = F.nll_loss(words, batch["spoken"], ignore_index=-1, reduction="sum")
+        terms["names"] = error / batch["spoken"].numel()
     return terms
 
 
@@ -539,7 +537,7 @@ def schedule(step):
 # ------------------------------------------------------------------------------- preparation
 def run(script, *flags):
     """Runs another script of this repository; ends where that fails."""
-    status = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags]).returncode
+    status = subprocess.call([sys.executable, Path(__file__).with_name(script), *flags])
     if status:
         sys.exit(status)
 
@@ -586,10 +584,10 @@ model = POLICIES[config.model](complete)
 model.state_mean, model.state_std = demos.state_mean, demos.state_std
 if config.model == "vla":
     model.goal_mean, model.goal_std = demos.goal_mean, demos.goal_std
-    pictures = demos.pictures_of(torch.from_numpy(demos.train[::499])).float()  # (n, V', H, W, 3)
-    std, mean = torch.std_mean(pictures, (0, 2, 3))  # (V', 3)
-    model.vision.image_mean = mean.repeat(config.frames, 1)[..., None, None]
-    model.vision.image_std = std.repeat(config.frames, 1)[..., None, None].clamp_min(1)
+    pictures = demos.pictures_of(torch.from_numpy(demos.train[::499]))  # (n, V, H, W, 3)
+    std, mean = torch.std_mean(pictures.float(), (0, 2, 3))  # (V, 3)
+    model.vision.image_mean = mean[..., None, None]
+    model.vision.image_std = std[..., None, None].clamp_min(1)
 model.to(device)
 net = DistributedDataParallel(model) if RANKS > 1 else model
 optimizers = make_optimizers(model)
@@ -622,18 +620,17 @@ def average(value):
 def validate():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    rows = rng.choice(demos.valid, min(512, len(demos.valid)), replace=False)
+    rows = rng.permutation(demos.valid)[:512]
     terms = compute_losses(model, demos.batch(rows[RANK::RANKS], rng))
     return {f"val_{name}": average(value) for name, value in terms.items()}
 
 
 def save(step):
     if RANK == 0:
-        settings = vars(args) | dict(out_dir=None, resume=None, overwrite=False)
-        model.save(ckpt, step=step, **about)
+        settings = vars(args) | dict(out_dir="", resume="", overwrite=False)
         states = [optimizer.state_dict() for optimizer in optimizers]
-        more = dict(settings=settings, history=history, optimizers=states)
-        model.save(resume_pt, step=step, **more)
+        model.save(ckpt, step=step, **about)
+        model.save(resume_pt, step=step, settings=settings, history=history, optimizers=states)
         log.write_text("".join(json.dumps(line) + "\n" for line in history))
 
 
