@@ -6,8 +6,8 @@
     python train.py --recipe classic --out_dir out_c    # the setting of tutorials
     torchrun --standalone --nproc_per_node=2 train.py   # data-parallel; needs the data
 
-Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. In
-order: settings, labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser,
+Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. Flags
+are explained below, in SETTINGS, and the model's own in model.py, in Config. In order: settings, labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser,
 preparation, the loop, score.
 """
 
@@ -76,7 +76,7 @@ SETTINGS = dict(  # flags and their defaults: --steps 800
     language_weight=0.2,  # of what a sentence asks for and which words name thing and place
     # the rest
     shift=0,  # px that pictures are shifted by at random, at most
-    device="auto",  # cuda, mps or cpu; auto: the fastest there is
+    device="",  # cuda, mps or cpu; '': the fastest there is
     eval_interval=100,  # steps between validations, each with a checkpoint
     eval_episodes=200,  # of the closed-loop score; 0: none
 )
@@ -101,22 +101,18 @@ RECIPES = dict(
         batch_size=32,
     ),
 )
-# The model's own are explained in model.py. Its sizes follow from the data.
+# The model's own; its sizes are no flags, as they follow from the data.
 own = [field for field in dataclasses.fields(Config) if field.type in (int, str)]
 own = {field.name: field.default for field in own if not field.name.endswith("_size")}
-CHOICES |= dict(recipe=RECIPES, optimizer=("muon", "adamw"))
+choices = CHOICES | dict(recipe=RECIPES, optimizer=("muon", "adamw"))
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.add_argument("--overwrite", action="store_true", help="replace what is in --out_dir")
 for name, default in (SETTINGS | own).items():
-    where = "Config in model.py" if name in own else "SETTINGS in train.py"
-    help = f"see {where} (default {default!r})"
-    choices = CHOICES.get(name)
-    parser.add_argument(
-        f"--{name}", type=type(default), default=default, choices=choices, help=help
-    )
+    options = dict(type=type(default), default=default, choices=choices.get(name))
+    parser.add_argument(f"--{name}", help=f"default {default!r}", **options)
 
 said = parser.parse_args()
 several = said.tasks == "all" or "," in said.tasks
@@ -131,9 +127,8 @@ if min(args.steps, args.batch_size, args.eval_interval) < 1:
 
 RANK = int(os.environ.get("RANK", 0))  # which process, of torchrun's
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-device = args.device
-if device == "auto":
-    device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+found = torch.accelerator.current_accelerator(check_available=True)
+device = args.device or str(found or "cpu")
 bf16 = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
 torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")  # order of sums
@@ -166,8 +161,8 @@ def hindsight(hand, opening, close, complete):
     if complete and close[-1] and opening[-1] < EMPTY:
         return pushed(hand)
     half = close & (opening > EMPTY) & (opening < FULL)
-    neighbours = np.convolve(half, [1, 0, 1], "same")
-    held = half & (neighbours > 0)  # fingers that close on nothing are half open for one step
+    # With a half-open neighbour: fingers that close on nothing are half open for one step.
+    held = half & (np.convolve(half, [1, 0, 1], "same") > 0)
     # What was in the hand from the start counts only if it is the last thing that is held; else the
     # expert just put it away to take what was asked for.
     put_away = np.append(held, False).argmin()  # the first step without it
@@ -203,7 +198,8 @@ def pushed(hand):
     far = np.linalg.norm(hand - hand[-1], axis=1) > PUSHED
     begin = np.flatnonzero(far).max(initial=0)
     way = (hand[-1] - hand[begin]) / PUSHED  # about 1 long, less if the hand hardly moved
-    thing = hand[np.arange(len(hand)).clip(min=begin)] + REACH * way
+    thing = hand + REACH * way
+    thing[:begin] = thing[begin]
     return thing, thing + PUSHED * way, np.nan
 
 
@@ -318,7 +314,8 @@ class Demonstrations:
     """
 
     def __init__(self, paths):
-        self.pictures, self.state_keys = [], ()
+        self.pictures = []
+        self.state_keys = ()  # not known yet
         episodes, wordings = [], {}
         for path in paths:
             try:
@@ -353,7 +350,6 @@ class Demonstrations:
         _, scene = np.unique([episode["scene_seed"] for episode in episodes], return_inverse=True)
         held_out = (scene % 20 == 0)[self.episode]
         self.train, self.valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        self.state_mean, self.state_std = self.spread(self.state)
         self.goal_mean, self.goal_std = self.spread(self.goal)
 
     def load(self, episode, number):
@@ -364,10 +360,11 @@ class Demonstrations:
             pictures = [key.removesuffix("_image") for key in keys if key.endswith("_image")]
             self.cameras = tuple(args.cameras.split(",") if args.cameras else pictures)
             self.image_size = episode[f"observations/{self.cameras[0]}_image"].shape[1]
-            hidden = {*PRIVILEGED, *[f"{name}_image" for name in pictures]}
+            hidden = PRIVILEGED
             if config.model == "bc":  # which has no eyes, but is told where things are
-                self.cameras, hidden = (), hidden - {*PRIVILEGED}
-            self.state_keys = tuple(key for key in keys if key not in hidden)
+                self.cameras, hidden = (), ()
+            numbers = [key for key in keys if not key.endswith("_image")]
+            self.state_keys = tuple(key for key in numbers if key not in hidden)
         T = len(episode["actions"])
 
         def read(key):
@@ -514,7 +511,7 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalize(p.grad.lerp(momentum, self.MOMENTUM))  # Nesterov
                 scale = max(1, len(p) / len(p.T)) ** 0.5
                 p.mul_(1 - group["lr"] * self.DECAY)
-                p.add_(update, alpha=-group["lr"] * scale)
+                p.sub_(update, alpha=group["lr"] * scale)
 
 
 def make_optimizers(model):
@@ -523,9 +520,7 @@ def make_optimizers(model):
     for name, p in model.named_parameters():
         hidden = p.ndim == 2 and min(p.shape) >= config.width and "table" not in name
         (matrices if hidden and args.optimizer == "muon" else others).append(p)
-    adamw = torch.optim.AdamW(
-        others, args.adam_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
+    adamw = torch.optim.AdamW(others, args.adam_lr, betas=(0.9, 0.95), fused=True)
     return [adamw, Muon(matrices, dict(lr=args.lr))] if matrices else [adamw]
 
 
@@ -581,13 +576,12 @@ complete = dataclasses.replace(
 
 torch.manual_seed(args.seed)
 model = POLICIES[config.model](complete)
-model.state_mean, model.state_std = demos.state_mean, demos.state_std
+model.state_mean, model.state_std = demos.spread(demos.state)
 if config.model == "vla":
     model.goal_mean, model.goal_std = demos.goal_mean, demos.goal_std
-    pictures = demos.pictures_of(torch.from_numpy(demos.train[::499]))  # (n, V, H, W, 3)
-    std, mean = torch.std_mean(pictures.float(), (0, 2, 3))  # (V, 3)
-    model.vision.image_mean = mean[..., None, None]
-    model.vision.image_std = std[..., None, None].clamp_min(1)
+    some = demos.pictures_of(torch.from_numpy(demos.train[::499])).float()
+    model.vision.image_mean.fill_(some.mean())
+    model.vision.image_std.fill_(some.std() + 1)
 model.to(device)
 net = DistributedDataParallel(model) if RANKS > 1 else model
 optimizers = make_optimizers(model)
@@ -640,7 +634,6 @@ for kind in (signal.SIGINT, signal.SIGTERM):
     signal.signal(kind, lambda *_: os._exit(130) if stopping else stopping.append(True))
 language = args.language_weight
 weights = dict(action=1.0, goal=args.goal_weight, intent=language, names=language)
-began = time.time()
 for step in range(first_step, args.steps):
     rng = np.random.default_rng([args.seed, step])  # a batch is a function of seed and step
     torch.manual_seed(1_000_000 * args.seed + step + 10**12 * RANK)
@@ -670,8 +663,7 @@ for step in range(first_step, args.steps):
         history.append(dict(step=done, **losses, lr=args.lr * rate))
         save(done)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        seconds = (time.time() - began) / (done - first_step)
-        print(f"step {done:5d}  {shown}  {seconds * 1e3:.0f} ms/step", flush=True)
+        print(f"step {done:5d}  {shown}  {(time.time() - start) / 60:.1f} min", flush=True)
     if stop and done < args.steps:
         carry_on = f"python train.py --resume {shlex.quote(str(out_dir))}"
         print(f"stopped after {done} steps; {carry_on} carries on", file=sys.stderr)
@@ -682,6 +674,6 @@ if RANK > 0:
     sys.exit()
 
 # ------------------------------------------------------------------------------------- score
-print(f"{ckpt}, {log}; {(time.time() - start) / 60:.1f} minutes", flush=True)
+print(f"{ckpt}, {log}", flush=True)
 if args.eval_episodes and set(demos.tasks) <= set(TASKS):
     run("eval.py", f"--ckpt={ckpt}", "--seed=0", f"--episodes={args.eval_episodes}")
