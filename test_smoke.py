@@ -43,7 +43,7 @@ from model import CHOICES, VLA, Config, Mixture, ngrams, split, tokenize
 
 # Code tokens, without comments and docstrings, that each file may have. They only ever go down: what
 # is new pays for itself.
-BUDGET = dict(gen_data=9_363, model=6_002, train=6_595, eval=2_165, play=3_274, test_smoke=7_000)
+BUDGET = dict(gen_data=9_363, model=6_002, train=5_200, eval=2_165, play=3_274, test_smoke=7_000)
 TOKENS, LINES = 27_399, 3_086  # of the five scripts together; lines that are not blank
 
 TRAIN = "train.py --data demos --device cpu --steps 6 --batch_size 8 --eval_interval 1 --eval_episodes 0"
@@ -587,8 +587,8 @@ def test_the_policy_that_is_shipped_does_it(here):
 # ----------------------------------------------------------------------------------- training
 def test_training_is_a_function_of_its_seed_and_resumes_exactly(toy, here):
     with process(TRAIN) as running:
-        read_until(running, "step     4")  # after the checkpoint
-    assert 3 < torch.load("out/resume.pt")["step"] < 6
+        read_until(running, "step     3")  # after the checkpoint
+    assert 3 <= torch.load("out/resume.pt")["step"] < 6
     run("train.py --resume out")  # with the settings it began with
     assert read_log("out") == read_log("toy")
     assert same(*[torch.load(f"{folder}/ckpt.pt")["weights"] for folder in ("toy", "out")])

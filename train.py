@@ -111,8 +111,13 @@ parser = argparse.ArgumentParser(
 )
 parser.add_argument("--overwrite", action="store_true", help="replace what is in --out_dir")
 for name, default in (SETTINGS | own).items():
-    options = dict(type=type(default), default=default, choices=choices.get(name))
-    parser.add_argument(f"--{name}", help=f"default {default!r}", **options)
+    parser.add_argument(
+        f"--{name}",
+        type=type(default),
+        default=default,
+        choices=choices.get(name),
+        help=f"default {default!r}",
+    )
 
 said = parser.parse_args()
 several = said.tasks == "all" or "," in said.tasks
@@ -122,13 +127,13 @@ parser.set_defaults(**saved["settings"])
 args = parser.parse_args()
 out_dir = Path(args.resume or args.out_dir)
 config = Config(**{name: getattr(args, name) for name in own})  # what follows from data comes later
-if min(args.steps, args.batch_size, args.eval_interval) < 1:
-    raise ValueError("--steps, --batch_size and --eval_interval are at least 1")
+if min(args.steps, args.eval_interval) < 1:
+    raise ValueError("--steps and --eval_interval are at least 1")
 
 RANK = int(os.environ.get("RANK", 0))  # which process, of torchrun's
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-found = torch.accelerator.current_accelerator(check_available=True)
-device = args.device or str(found or "cpu")
+fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+device = args.device or str(fastest)
 bf16 = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
 torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")  # order of sums
@@ -205,15 +210,14 @@ def pushed(hand):
 
 # ------------------------------------------------------------------------------ augmentation
 def other_light(images, amount):
-    """Every second one of the pictures (B, V, H, W, 3) uint8, changed in place: in other light, in
-    other tints of the cameras and with their noise, which is what differs among the worlds of
+    """Every second one of the pictures (B, V, H, W, 3) uint8, changed in place: in other light, which
+    may have a tint, and with the noise of a camera. That is what differs among the worlds of
     --randomize and needs no simulator."""
     some = images[::2]
     B, V = some.shape[:2]
-    light = torch.empty(B, 1, 1, 1, 1).uniform_(-0.2, 0.2)
-    tint = torch.empty(B, V, 1, 1, 3).uniform_(-0.1, 0.1)
+    light = torch.empty(B, V, 1, 1, 3).uniform_(-0.2, 0.2)
     noise = 8 * torch.rand(B, 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
-    changed = some * (1 + amount * (light + tint)) + amount * noise
+    changed = some * (1 + amount * light) + amount * noise
     some[:] = changed.clamp(0, 255).to(torch.uint8)
 
 
@@ -460,8 +464,8 @@ def compute_losses(net, batch):
     terms = dict(action=error.sum() / batch["valid"].sum())
     if "goal" in found:
         known = batch["goal"].isfinite()
-        pair = found["goal"].float()[known], batch["goal"][known]
-        error = F.smooth_l1_loss(*pair, beta=0.1, reduction="sum")
+        goal = found["goal"].float()[known]
+        error = F.smooth_l1_loss(goal, batch["goal"][known], beta=0.1, reduction="sum")
         terms["goal"] = error / known.sum().clamp_min(1)
     if "attention" in found and config.vision != "cnn":
         spot = batch["spot"]
@@ -632,8 +636,8 @@ def save(step):
 stopping = []  # Ctrl-C is heeded between steps
 for kind in (signal.SIGINT, signal.SIGTERM):
     signal.signal(kind, lambda *_: os._exit(130) if stopping else stopping.append(True))
-language = args.language_weight
-weights = dict(action=1.0, goal=args.goal_weight, intent=language, names=language)
+weights = dict(action=1.0, goal=args.goal_weight)
+weights["intent"] = weights["names"] = args.language_weight
 for step in range(first_step, args.steps):
     rng = np.random.default_rng([args.seed, step])  # a batch is a function of seed and step
     torch.manual_seed(1_000_000 * args.seed + step + 10**12 * RANK)
