@@ -608,7 +608,7 @@ def test_a_stopped_training_saves(here):
 
 def test_overwrite_keeps_the_old_until_there_is_something_new(here):
     before = written(here)
-    command = f"{TRAIN} --out_dir toy --overwrite"
+    command = f"{TRAIN} --eval_interval 6 --out_dir toy --overwrite"
     said = run(f"{command} --adam_lr 1e30 --lr 1e30", status=2)["said"]
     assert re.search("the loss is .* at step .* is as it was", said)
     run(f"{command} --data toy/ckpt.pt", status=2)

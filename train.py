@@ -7,8 +7,9 @@
     torchrun --standalone --nproc_per_node=2 train.py   # data-parallel; needs the data
 
 Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. Flags
-are explained below, in SETTINGS, and the model's own in model.py, in Config. In order: settings, labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser,
-preparation, the loop, score.
+are explained below, in SETTINGS, and the model's own in model.py, in Config. In order: settings,
+labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser, preparation, the
+loop, score.
 """
 
 import argparse
