@@ -423,10 +423,9 @@ class Demonstrations:
         return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape))
 
     def batch(self, rows, rng, augment=False):
-        """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and
-        goal (B, G), normalised, nan: unknown; spot (B, 2, P'), the
-        attention that thing and place should have; intent (U,), what each sentence asks for; spoken
-        (U, 2), see Sentences."""
+        """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and goal (B,
+        G), normalised, nan: unknown; spot (B, 2, P'), the attention that thing and place should
+        have; intent (U,), the number of what each sentence asks for; spoken (U, 2), see Sentences."""
         rows = torch.from_numpy(rows)
         images = self.pictures_of(rows)
         uv = self.uv[rows]
