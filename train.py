@@ -6,9 +6,10 @@
     python train.py --recipe classic --out_dir out_c    # the setting of tutorials
     torchrun --standalone --nproc_per_node=2 train.py   # data-parallel; needs the data
 
-Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. In
-order: settings, labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser,
-preparation, the loop, score.
+Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. Flags
+are explained below, in SETTINGS, and the model's own in model.py, in Config. In order: settings,
+labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser, preparation, the
+loop, score.
 """
 
 import argparse
@@ -35,6 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 from gen_data import PRIVILEGED, TASKS, explain_errors, project
 from model import (
@@ -42,17 +44,44 @@ from model import (
     DROPPED,
     POINTERS,
     POLICIES,
-    WORD,
     Config,
     code_version,
     load_file,
+    split,
     tokenize,
 )
 
 explain_errors()
 
 # ---------------------------------------------------------------------------------- settings
-RECIPES = dict(  # other defaults
+SETTINGS = dict(  # flags and their defaults: --steps 800
+    recipe="",  # one of RECIPES, which are other defaults; '': all if there are several --tasks
+    # files
+    out_dir="out",  # where results go; --overwrite replaces what is there
+    resume="",  # the out_dir of a training to carry on
+    data="",  # folder, file or 'pattern' of demonstrations; '': data/TASKS, made if missing
+    tasks="pick_place",  # what to learn: all, or a comma list
+    episodes=1500,  # demonstrations to make
+    randomize=0.0,  # how much worlds differ, 0 to 1, in demonstrations to make and in their light
+    cameras="",  # comma list of the data's cameras to use; '': all
+    # optimisation
+    steps=1000,
+    batch_size=64,  # moments per step
+    optimizer="muon",  # of matrices between hidden layers; or adamw
+    lr=0.02,  # Muon's learning rate
+    adam_lr=2e-3,  # AdamW's learning rate, for everything else
+    seed=0,  # of weights and batches
+    # weights of the losses, see compute_losses()
+    attention_weight=0.1,  # of pulling attention onto thing and place; sinks with the rate
+    goal_weight=0.5,  # of the regression of their positions
+    language_weight=0.2,  # of what a sentence asks for and which words name thing and place
+    # the rest
+    shift=0,  # px that pictures are shifted by at random, at most
+    device="",  # cuda, mps or cpu; '': the fastest there is
+    eval_interval=100,  # steps between validations, each with a checkpoint
+    eval_episodes=200,  # of the closed-loop score; 0: none
+)
+RECIPES = dict(
     one={},
     all=dict(tasks="all", steps=9000, batch_size=96, episodes=8000, randomize=1.0),
     bc=dict(model="bc", chunk=1, optimizer="adamw"),
@@ -68,77 +97,44 @@ RECIPES = dict(  # other defaults
         chunk=1,
         loss="mse",
         language_weight=0.0,
-        typos=0.0,
         optimizer="adamw",
         adam_lr=1e-4,
         batch_size=32,
     ),
 )
+# The model's own; its sizes are no flags, as they follow from the data.
+own = [field for field in dataclasses.fields(Config) if field.type in (int, str)]
+own = {field.name: field.default for field in own if not field.name.endswith("_size")}
+choices = CHOICES | dict(recipe=RECIPES, optimizer=("muon", "adamw"))
+
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-
-
-def add(flag, default, help, **options):
-    options.setdefault("type", type(default))
-    parser.add_argument(flag, default=default, help=f"{help} (default {default})", **options)
-
-
-add("--recipe", None, "None: one, or with several --tasks all", choices=RECIPES, type=str)
-# files
-add("--out_dir", Path("out"), "where results go")
 parser.add_argument("--overwrite", action="store_true", help="replace what is in --out_dir")
-parser.add_argument("--resume", type=Path, metavar="DIR", help="carry on from what is in DIR")
-add("--data", "", "folder, file or 'pattern' of demonstrations; without it, made if missing")
-add("--tasks", "pick_place", f"what to learn: all, or a comma list of {', '.join(TASKS)}")
-add("--episodes", 1500, "demonstrations to make")
-add("--randomize", 0.0, "how much worlds differ, in demonstrations to make and in their light")
-add("--cameras", "", "comma list of the data's cameras to use; '': all")
-# optimisation
-add("--steps", 1000, "optimiser steps")
-add("--batch_size", 64, "moments per step")
-add("--optimizer", "muon", "for matrices between hidden layers", choices=("muon", "adamw"))
-add("--lr", 0.02, "Muon's learning rate")
-add("--adam_lr", 2e-3, "AdamW's learning rate, for everything else")
-add("--seed", 0, "seed of weights and batches")
-# labels and losses
-add("--attention_weight", 0.1, "of pulling attention onto thing and place; sinks with the rate")
-add("--goal_weight", 0.5, "of the regression of their positions")
-add("--language_weight", 0.2, "of what a sentence asks for and which words name thing and place")
-# augmentation
-add("--typos", 0.04, "share of words that are misspelt")
-add("--shuffle_names", 1, "1: shuffled colours in the words in context")
-add("--shift", 0, "px that pictures are shifted by at random, at most")
-# machine
-add("--device", "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
-add("--eval_interval", 500, "steps between checkpoints; 0: one at the end, and no score")
-add("--eval_episodes", 200, "episodes of the closed-loop score")
-add("--log_interval", 100, "steps between lines of the log")
-# the model's own, explained in model.py
-OWN = [field for field in dataclasses.fields(Config) if field.type in (int, str)]
-OWN = [field for field in OWN if not field.name.endswith("_size")]  # these follow from the data
-for field in OWN:
-    add(f"--{field.name}", field.default, "see Config in model.py", choices=CHOICES.get(field.name))
+for name, default in (SETTINGS | own).items():
+    parser.add_argument(
+        f"--{name}",
+        type=type(default),
+        default=default,
+        choices=choices.get(name),
+        help=f"default {default!r}",
+    )
 
 said = parser.parse_args()
 several = said.tasks == "all" or "," in said.tasks
-saved = load_file(said.resume / "resume.pt") if said.resume else dict(settings={})
 parser.set_defaults(**RECIPES[said.recipe or ("all" if several else "one")])
+saved = load_file(Path(said.resume, "resume.pt")) if said.resume else dict(settings={})
 parser.set_defaults(**saved["settings"])
 args = parser.parse_args()
-out_dir = args.resume or args.out_dir
-config = Config(
-    **{field.name: getattr(args, field.name) for field in OWN}
-)  # but for the data's part
-if min(args.steps, args.batch_size, args.log_interval, args.episodes) < 1:
-    raise ValueError("--steps, --batch_size, --log_interval and --episodes are at least 1")
+out_dir = Path(args.resume or args.out_dir)
+config = Config(**{name: getattr(args, name) for name in own})  # what follows from data comes later
+if min(args.steps, args.eval_interval) < 1:
+    raise ValueError("--steps and --eval_interval are at least 1")
 
 RANK = int(os.environ.get("RANK", 0))  # which process, of torchrun's
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-accelerator = torch.accelerator.current_accelerator(check_available=True)
-device = args.device
-if device == "auto":
-    device = accelerator.type if accelerator else "cpu"
+fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+device = args.device or str(fastest)
 bf16 = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
 torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")  # order of sums
@@ -150,236 +146,161 @@ torch.set_flush_denormal(True)
 # How far the gripper is open, as a share of its widest, with a thing in it: above EMPTY, below
 # FULL.
 EMPTY, FULL = 0.1, 0.65
-LONG = 20  # steps half open: more than fingers take to close
 UNDER = 0.04  # m from a hand that lets go down to what lies below the thing: a pad 3, a block 5 cm
-LIFTED = 0.03  # m that a hand rises at least with what it has taken
-SLACK = 0.01  # m that it sinks at most before
-CARRIED = 0.1  # m sideways, of a thing that was not just lifted
-LOW = 0.025  # m above its lowest: where the hand pushes
+PUSHED = 0.08  # m that a push moves a thing, at the least
 REACH = 0.03  # m from the hand to the middle of what it pushes
-STRAIGHT = 0.03  # m: a way that keeps this near to a straight line has no corner
-SHORT = 0.05  # m: a shorter way has little of a direction
-PUSHED = 0.1  # m ahead of a thing is where it is pushed to: nobody sees where it came from
 
 
 def hindsight(hand, opening, close, complete):
     """What an episode turned out to be about, by the robot's own numbers: where the thing was, where
-    it was to go, and what is to be seen there, which is the middle of what it was put on, or the
-    goal that it was carried to. Each is (T, 3) m, or (3,) if it is the same at all moments, or nan:
-    unknown.
+    it was to go, and what is to be seen there, each (T, 3) m, or (3,) if it is the same at all
+    moments, or nan: unknown.
 
-    | in the hand               | thing                      | place             | see         |
-    | something                 | where it closes next       | where it opens    | moved()     |
-    | nothing, and it ends shut | ahead of the hand          | beyond that       | pushed()    |
-    | nothing                   | nan                        | where it ends     | below       |
+    | in the hand               | thing                      | place             | see        |
+    | nothing, and it ends shut | ahead of the hand          | beyond that       | pushed()   |
+    | something                 | where it closes next       | where it opens    | moved()    |
+    | nothing                   | nan                        | where it ends     | the same   |
 
-    hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted.
+    hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted, else
+    nobody knows where it would have gone.
     """
-    held = held_steps(opening, close)
-    if complete and close[-1] and opening[-1] < EMPTY and held.sum() < LONG:
-        held = held_thin(hand, opening)
-        if not held.any():
-            return pushed(hand, opening)
+    if complete and close[-1] and opening[-1] < EMPTY:
+        return pushed(hand)
+    half = close & (opening > EMPTY) & (opening < FULL)
+    # With a half-open neighbour: fingers that close on nothing are half open for one step.
+    held = half & (np.convolve(half, [1, 0, 1], "same") > 0)
     # What was in the hand from the start counts only if it is the last thing that is held; else the
     # expert just put it away to take what was asked for.
-    if held[0]:
-        end = len(held) if held.all() else held.argmin()
-        if held[end:].any() or not complete:
-            held[:end] = False
+    put_away = np.append(held, False).argmin()  # the first step without it
+    if held[put_away:].any() or not complete:
+        held[:put_away] = False
+    thing, place, seen = np.nan, hand[-1], hand[-1]
     if held.any():
-        return moved(hand, held, complete)
-    place = hand[-1] if complete else np.nan  # nothing was in the hand: it was to go where it ended
-    return np.nan, place, place
+        thing, place, seen = moved(hand, held, close)
+    return (thing, place, seen) if complete else (thing, np.nan, np.nan)
 
 
-def moved(hand, held, complete):
-    """Something was in the hand.
+def moved(hand, held, close):
+    """Something was in the hand, and what it was put on is below where the hand opened.
 
     hand   ───▶ thing ════════▶ place ───▶     ═ held
                 closes          opens, or ends
-
-    Of an interrupted episode no place is known."""
+    """
     moments = np.flatnonzero(held)
     following = np.searchsorted(moments, np.arange(len(hand))).clip(max=len(moments) - 1)
-    thing = hand[moments[following]]  # where it closes next, or the hand
-    first, last = hand[moments[0]], hand[moments[-1]]
-    if not complete:
-        return thing, np.nan, np.nan
-    if not held[-1]:
-        return thing, last, last - [0, 0, UNDER]
-    carried = np.linalg.norm((last - first)[:2]) > CARRIED
-    return thing, last, last if carried else np.nan
+    thing = hand[moments[following]]  # where the hand closes next, or is
+    place = hand[close][-1]
+    return thing, place, np.nan if close[-1] else place - [0, 0, UNDER]
 
 
-def pushed(hand, opening):
-    """The hand ended shut with nothing in it: it came down behind the thing and pushed it straight
-    on, or round a corner.
+def pushed(hand):
+    """The hand ended shut with nothing in it: it went behind the thing and pushed it straight on.
+    Until then the thing lay where the push began.
 
-    hand   ↓  first            corner
-           └───▶ thing ────────┐
-                               ▼ end, place
+    hand   ╲
+            └▶ thing ───────▶ end ─ ─ ─▶ place
+               |── PUSHED ────|
     """
-    empty = opening < EMPTY
-    low = empty & (hand[:, 2] <= hand[empty, 2].min() + LOW)
-    first = max(np.flatnonzero(~low[:-1]), default=-1) + 1  # came down for good
-    for corner in range(len(hand) - 1, first - 1, -1):
-        way = toward(hand[first], hand[corner])
-        x, y, _ = (hand[first : corner + 1] - hand[first]).T
-        if np.abs(x * way[1] - y * way[0]).max() < STRAIGHT:
-            break
-    middle = (hand[first] + hand[corner]) / 2
-    ahead = hand + REACH * way
-    touched = (np.arange(len(hand)) >= first) & ((ahead - middle) @ way > 0)
-    thing = np.where(touched[:, None], ahead, middle)
-    place = thing + PUSHED * way
-    if corner < len(hand) - 1:
-        place[:] = hand[-1] + REACH * toward(hand[corner], hand[-1])
-    return thing, place, np.nan
-
-
-def toward(start, end):
-    """The level direction from one place to another (3,), less than 1 long if it is uncertain."""
-    way = (end - start) * [1, 1, 0]
-    return way / max(np.linalg.norm(way), SHORT)
-
-
-def held_steps(opening, close):
-    """Whether something is in the hand, (T,) bool. A hold begins with two half-open steps in a
-    row, since fingers that close on nothing pass through one, and lasts until they open or turn
-    out to be empty.
-
-    opening  ▔▔▔╲____________╱▔▔▔    FULL
-             held ▒▒▒▒▒▒▒▒▒▒▒        EMPTY
-    """
-    half = (EMPTY < opening) & (opening < FULL)
-    half &= np.append(half[1:], False)
-    held = np.zeros(len(close), bool)
-    for t in range(len(close)):
-        still = t > 0 and held[t - 1] and opening[t] > EMPTY
-        held[t] = close[t] and (half[t] or still)
-    return held
-
-
-def held_thin(hand, opening):
-    """The same of a thing too thin to be felt, in an episode that ends shut, (T,) bool: it was
-    where the shut hand was lowest, if that ended higher.
-
-    height   ╲__ ▒▒╱▔▔▒▒▒   held
-    """
-    shut = max(np.flatnonzero(opening >= EMPTY), default=-1) + 1
-    height = hand[:, 2] - hand[shut:, 2].min()
-    taken = shut + np.argmax(height[shut:] < SLACK)
-    return (np.arange(len(hand)) >= taken) & (height[-1] > LIFTED)
+    far = np.linalg.norm(hand - hand[-1], axis=1) > PUSHED
+    begin = np.flatnonzero(far).max(initial=0)
+    way = (hand[-1] - hand[begin]) / PUSHED  # about 1 long, less if the hand hardly moved
+    thing = hand + REACH * way
+    thing[:begin] = thing[begin]
+    return thing, thing + PUSHED * way, np.nan
 
 
 # ------------------------------------------------------------------------------ augmentation
 def other_light(images, amount):
-    """Every second one of the pictures (B, V, H, W, 3) uint8, in other light and with a noisy
-    camera: what differs among the worlds of --randomize and needs no simulator."""
+    """Every second one of the pictures (B, V, H, W, 3) uint8, changed in place: in other light, which
+    may have a tint, and with the noise of a camera. That is what differs among the worlds of
+    --randomize and needs no simulator."""
     some = images[::2]
     B, V = some.shape[:2]
-    bright = 1 + amount * 0.2 * (2 * torch.rand(B, 1, 1, 1, 1) - 1)
-    tint = 1 + amount * 0.1 * (2 * torch.rand(B, V, 1, 1, 3) - 1)
-    noise = amount * 8 * torch.rand(B, 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
-    images = images.clone()
-    images[::2] = (some * bright * tint + noise).clamp(0, 255).to(torch.uint8)
-    return images
+    light = torch.empty(B, V, 1, 1, 3).uniform_(-0.2, 0.2)
+    noise = 8 * torch.rand(B, 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
+    changed = some * (1 + amount * light) + amount * noise
+    some[:] = changed.clamp(0, 255).to(torch.uint8)
 
 
 def shifted(images, uv, most):
     """Random shifts, as in DrQ (arXiv:2004.13649): the pictures of each moment (B, V, H, W, 3), all
-    shifted by up to `most` px alike, their edges repeated; where things are seen in them now, (B,
-    2, V', 2); and by how much they are shifted, (B, V, 2), y and x, as a share of their size."""
-    B, V, H = images.shape[:3]
-    move = torch.randint(-most, most + 1, (B, 2))  # y, x
-    y, x = (torch.arange(H) - move[..., None]).clamp(0, H - 1).unbind(1)  # (B, H)
-    moment = torch.arange(B)[:, None, None]
-    images = images[moment, :, y[:, :, None], x[:, None]].movedim(3, 1)
-    now = uv + move.flip(1)[:, None, None] / H
-    seen = (uv[..., :1] >= 0) & ((now >= 0) & (now < 1)).all(-1, keepdim=True)
-    return images, torch.where(seen, now, -1.0), (move / H)[:, None].expand(B, V, 2)
+    shifted by up to `most` px alike, their edges repeated; where things are in them now, (B, 2, V',
+    2), x and y; and by how much they are shifted, (B, 2), y and x, as a share of the picture."""
+    size = images.shape[2]
+    move = torch.randint(-most, most + 1, (len(images), 2))  # px, y and x
+    origin = (torch.arange(size) - move[..., None]).clamp(0, size - 1)  # of rows, of columns
+    images = [views[:, rows][:, :, columns] for views, (rows, columns) in zip(images, origin)]
+    shift = move / size
+    return torch.stack(images), uv + shift.flip(1)[:, None, None], shift
 
 
 def attention_target(uv, side):
-    """Where things are seen, (B, 2, V', 2), x and y, 0..1 or -1, to how much attention each patch
-    of these views should have, (B, 2, V' * side * side): that of bilinear interpolation, so that
-    the mean place is the thing's."""
+    """Where things are seen, (B, 2, V', 2), x and y, inside the picture 0..1, nan: unknown, to how
+    much attention each patch of these views should have, (B, 2, V' * side * side): that of bilinear
+    interpolation, so that the mean place is the thing's."""
     away = (uv[..., None] * side - 0.5 - torch.arange(side)).abs()  # patches, (B, 2, V', 2, side)
-    x, y = (1 - away).clamp_min(0).unbind(3)
+    x, y = (1 - away).clamp_min(0).nan_to_num().unbind(3)
     return (y[..., None] * x[..., None, :]).flatten(2)
 
 
 # --------------------------------------------------------------------------------- sentences
 class Sentences:
-    """Sentences, worded afresh at every step. requests: [(intent, slots as JSON), ..] of the
-    episodes; wordings: {intent: sentences with {names} left open}."""
+    """Sentences, worded afresh at every step. requests: [(intent, slots as JSON), ..], sorted;
+    wordings: {intent: sentences with {names} left open}. Makes of them `intents`, see Config."""
 
     NONE = 16  # sentences in a batch that ask for nothing
-    LONGEST = 24  # words, of a sentence to train on: the longest of a batch sets its cost
 
     def __init__(self, requests, wordings):
+        self.wordings = wordings
         self.requests, self.intents = [], {}
         for intent, slots in requests:
             slots = json.loads(slots)
-            # Words that are no part of the intent are names, which wordings leave open.
+            # Words that are no part of the intent are names.
             names = {slot: word for slot, word in slots.items() if word not in intent.split()}
-            self.requests.append((intent, {"{%s}" % slot: word for slot, word in names.items()}))
+            self.requests.append((intent, names))
             self.intents[intent] = slots | dict.fromkeys(names)
-        self.intents = dict(sorted(self.intents.items())) | dict(none={})
-        self.number = {intent: i for i, intent in enumerate(self.intents)}
-        self.names = sorted({word for _, names in self.requests for word in names.values()})
-        self.wordings = {}  # each a list of words
-        for intent, sentences in wordings.items():
-            words = [re.findall(r"{\w+}|" + WORD, sentence.lower()) for sentence in sentences]
-            short = [sentence for sentence in words if len(sentence) <= self.LONGEST]
-            self.wordings[intent] = short or words
+        self.intents["none"] = {}
+        self.names = sorted({name for _, names in self.requests for name in names.values()})
 
     def draw(self, requests, rng):
-        """For each of the distinct requests (U,) and NONE more: text and names (U, L, n), intent
-        (U,), and spoken (U, 2), which words name thing and place, -1: none."""
+        """For each of these requests (U,) and NONE more what word() gives, stacked."""
         asked = [self.requests[request] for request in requests]
-        asked += [("none", {})] * self.NONE * ("none" in self.wordings)
+        if "none" in self.wordings:
+            asked += [("none", {})] * self.NONE
         text, names, intent, spoken = zip(*[self.word(*request, rng) for request in asked])
-        text, names = torch.stack(text), torch.stack(names)
         return dict(
-            text=text, names=names, intent=torch.tensor(intent), spoken=torch.tensor(spoken)
+            text=pad_sequence(text, batch_first=True),
+            names=pad_sequence(names, batch_first=True),
+            intent=torch.tensor(intent),
+            spoken=torch.stack(spoken),
         )
 
     def word(self, intent, names, rng):
-        """One sentence. The words in context get shuffled names, so that nothing but the names can
-        depend on these:
+        """One sentence as a dict: text and names (L, n), the number of its intent, and spoken (2,),
+        at which words it names thing and place, -1: at none. The words in context get shuffled
+        names, so that nothing but the bare names can depend on these:
 
-        wording    put the {block} cube on the {pad} disc      block red, pad green
+        wording    put the {block} cube on the {pad} disc
         names      put the red cube on the green disc
-        text       put the blue cube on the purple disc        red -> blue, green -> purple
+        text       put the blue cube on the purple disc
         """
         choice = self.wordings[intent]
         wording = choice[rng.integers(len(choice))]
-        spoken = [wording.index(slot) if slot in wording else -1 for slot in names]
-        others = rng.permutation(self.names).tolist()
-        shuffled = dict(zip(self.names, others))
-        if config.text == "char" or not config.pointers or not args.shuffle_names:
-            spoken, shuffled = [], {}
-        true, shown = [], []
-        for word in wording:
-            name = names.get(word)
-            if word.startswith("{") and name is None:
-                name = others.pop()  # nothing is asked for, so any will do
-            spelt = name or self.misspell(word, rng)
-            true.append(spelt)
-            shown.append(shuffled.get(name, spelt))
-        text, names = tokenize(" ".join(shown), config), tokenize(" ".join(true), config)
-        return text, names, self.number[intent], [*spoken, -1, -1][: len(POINTERS)]
-
-    def misspell(self, word, rng):
-        """The word, or one time in many with a letter left out, doubled or swapped with the
-        next."""
-        if len(word) < 3 or word.startswith("{") or rng.random() >= args.typos:
-            return word
-        i = rng.integers(len(word) - 1)
-        one, two = word[i : i + 2]
-        middle = (two, one + one + two, two + one)[rng.integers(3)]
-        return word[:i] + middle + word[i + 2 :]
+        slots = re.findall(r"{(\w+)}", wording)
+        # Where nothing is asked for, any name will do; if there are too few, the slot's own.
+        shuffled = dict(zip(slots, [*rng.permutation(self.names), *slots]))
+        true = shuffled | names
+        spoken = torch.full([len(POINTERS)], -1)
+        if config.pointers and config.text == "word":
+            for pointer, slot in enumerate(names):
+                before, named, _ = wording.partition("{%s}" % slot)
+                if named:
+                    spoken[pointer] = len(split(before))
+        else:
+            shuffled = true
+        text = tokenize(wording.format(**shuffled), config)
+        names = tokenize(wording.format(**true), config)
+        return text, names, list(self.intents).index(intent), spoken
 
 
 # ---------------------------------------------------------------------------- demonstrations
@@ -393,35 +314,33 @@ def frames(dataset):
 class Demonstrations:
     """Everything of the data files in memory, one row for each of N moments:
 
-    pictures: N lists of one compressed picture a camera; state (N, S); action (N, A); start, end
-    (N,): rows of its episode; request (N,), index in sentences.requests; goal (N, 6) m, world
-    frame, where thing and place are, nan: unknown; uv (N, 2, V', 2), where those are in each
-    camera's picture, x and y, 0..1, -1: not seen. train, valid: rows to learn from, and those of
-    held-out scenes, one in twenty.
+    pictures: N lists of one compressed picture a camera; state (N, S); action (N, A); goal (N, 6) m,
+    world frame, where thing and place are; uv (N, 2, V', 2), where those are in each camera's
+    picture, x and y, inside it 0..1; nan: unknown. episode (N,): the number of its episode, in which
+    these are listed: start, end: its rows; request: index in sentences.requests. train, valid: rows
+    to learn from, and those of held-out scenes, one in twenty.
     """
 
     def __init__(self, paths):
+        self.pictures = []
+        self.state_keys = ()  # not known yet
         episodes, wordings = [], {}
         for path in paths:
-            name = "data"
             try:
                 with h5py.File(path) as file:
                     for name in file:
                         if name.startswith("episode_"):
-                            episodes.append(self.load(file[name]))
+                            episodes.append(self.load(file[name], len(episodes)))
                     for intent, sentences in file.get("wordings", {}).items():
                         wordings.setdefault(intent, []).extend(sentences.asstr()[:])
             except (KeyError, ValueError, OSError) as error:
-                raise ValueError(f"{path}, {name}: {error}") from None
+                raise ValueError(f"{path}: {error}") from None
         known = bool(wordings)  # else each sentence stands for itself, and there are no intents
-        for i, episode in enumerate(episodes):
-            sentence = episode["instruction"]
-            episode.update(
-                dict(intent=sentence, slots="{}", scene_seed=i, task="demonstrated") | episode
-            )
-            wordings.setdefault(episode["intent"], [sentence])
+        for episode in episodes:
+            wordings.setdefault(episode["intent"], [episode["instruction"]])
         asked = [(episode["intent"], episode["slots"]) for episode in episodes]
         requests, request = np.unique(asked, axis=0, return_inverse=True)
+        self.request = torch.from_numpy(request)
         self.sentences = Sentences(requests.tolist(), wordings)
         self.intents = self.sentences.intents if known else {}
         self.tasks = tuple(dict.fromkeys(episode["task"] for episode in episodes))
@@ -431,26 +350,21 @@ class Demonstrations:
             self.label(episode, episode["opening"] / widest)
         for name in ("state", "action", "goal", "uv"):
             column = np.concatenate([episode[name] for episode in episodes])
-            setattr(self, name, torch.from_numpy(column))
-        self.pictures = [moment for episode in episodes for moment in episode["pictures"]]
-        lengths = [len(episode["action"]) for episode in episodes]
-        self.end = torch.from_numpy(np.repeat(np.cumsum(lengths), lengths))
-        self.start = self.end - torch.from_numpy(np.repeat(lengths, lengths))
-        self.request = torch.from_numpy(np.repeat(request, lengths))
-        scenes = [episode["scene_seed"] for episode in episodes]
-        number = np.unique(scenes, return_inverse=True)[1]
-        held_out = np.repeat(number % 20 == 0, lengths)
+            setattr(self, name, torch.from_numpy(column).float())
+        lengths = torch.tensor([len(episode["action"]) for episode in episodes])
+        self.episode = torch.arange(len(episodes)).repeat_interleave(lengths)
+        self.end = lengths.cumsum(0)
+        self.start = self.end - lengths
+        _, scene = np.unique([episode["scene_seed"] for episode in episodes], return_inverse=True)
+        held_out = (scene % 20 == 0)[self.episode]
         self.train, self.valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-        if not len(self.train):
-            raise ValueError(f"{path} has one scene, and there must be others to hold out")
-        self.state_mean, self.state_std = self.spread(self.state)
         self.goal_mean, self.goal_std = self.spread(self.goal)
 
-    def load(self, episode):
-        """An episode of T moments as a dict: its attributes, and its arrays. The first one says
-        what there is in all."""
-        keys = list(episode["observations"])
-        if not hasattr(self, "cameras"):
+    def load(self, episode, number):
+        """An episode of T moments as a dict: its attributes, and its arrays but for the pictures.
+        The first one says what there is in all."""
+        if not self.state_keys:
+            keys = list(episode["observations"])
             pictures = [key.removesuffix("_image") for key in keys if key.endswith("_image")]
             self.cameras = tuple(args.cameras.split(",") if args.cameras else pictures)
             self.image_size = episode[f"observations/{self.cameras[0]}_image"].shape[1]
@@ -464,37 +378,37 @@ class Demonstrations:
         def read(key):
             array = episode[key][:].astype(np.float32)
             if len(array) != T or not np.isfinite(array).all():
-                raise ValueError(f"{key} is not {T} rows of finite numbers")
+                raise ValueError(f"{episode.name}/{key} is not {T} rows of finite numbers")
             return array
 
+        action = read("actions")
+        if np.abs(action).max() > 1:
+            raise ValueError(f"{episode.name}/actions must be from -1 to 1")
         views = [frames(episode[f"observations/{name}_image"]) for name in self.cameras]
-        found = dict(
-            episode.attrs,
-            action=read("actions"),
+        self.pictures += list(zip(*views)) or [()] * T
+        sentence = episode.attrs["instruction"]
+        about = dict(intent=sentence, slots="{}", task="demonstrated", interrupted=False)
+        about |= dict(scene_seed=number) | dict(episode.attrs)
+        return about | dict(
+            action=action,
             state=np.hstack([read(f"observations/{key}") for key in self.state_keys]),
             hand=read("observations/ee_pos"),
             opening=read("observations/gripper")[:, 0],
-            pictures=list(zip(*views)) or [()] * T,
+            matrices={name: read(f"cameras/{name}") for name in episode.get("cameras", ())},
         )
-        if np.abs(found["action"]).max() > 1:
-            raise ValueError("actions must be from -1 to 1")
-        return found | {name: read(f"cameras/{name}") for name in episode.get("cameras", ())}
 
     def label(self, episode, opening):
         """Adds goal and uv to an episode, see hindsight(). opening (T,), share."""
-        close = episode["action"][:, -1] < 0  # 0: neither
-        complete = not episode.get("interrupted", False)
         hand = episode["hand"]
-        labels = hindsight(hand, opening, close, complete)
-        thing, place, seen = [np.broadcast_to(label, hand.shape) for label in labels]
-        episode["goal"] = np.hstack([thing, place]).astype(np.float32)
-        uv = np.full((len(thing), 2, len(self.cameras), 2), -1, np.float32)
+        close = episode["action"][:, -1] < 0  # 0: neither
+        labels = hindsight(hand, opening, close, not episode["interrupted"])
+        _, thing, place, seen = np.broadcast_arrays(hand, *labels)
+        episode["goal"] = np.hstack([thing, place])
+        episode["uv"] = np.full((len(hand), 2, len(self.cameras), 2), np.nan)
         for v, name in enumerate(self.cameras):
-            if name in episode:
-                at, depth = project(np.stack([thing, seen], 1), episode[name])
-                shows = (depth > 0) & (np.abs(at - 0.5) < 0.5).all(-1)
-                uv[:, :, v] = np.where(shows[..., None], at, -1)
-        episode["uv"] = uv
+            if name in episode["matrices"]:
+                points = np.stack([thing, seen], 1)
+                episode["uv"][:, :, v], _ = project(points, episode["matrices"][name])
 
     def spread(self, x):
         """Mean and standard deviation of each column, of training moments where it is known."""
@@ -503,43 +417,40 @@ class Demonstrations:
         return mean, (x - mean).square().nanmean(0).sqrt().nan_to_num() + 1e-3
 
     def pictures_of(self, rows):
-        """Pictures (..., V', H, W, 3) uint8 of these rows (...)."""
-        names = rows.flatten().tolist()
-        raw = b"".join(zlib.decompress(view) for row in names for view in self.pictures[row])
-        shape = *rows.shape, len(self.cameras), self.image_size, self.image_size, 3
-        return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape).copy())
+        """Pictures (B, V, H, W, 3) uint8 of these rows (B,), the newest of each camera first."""
+        history = rows[:, None] - torch.arange(config.frames)
+        history = history.maximum(self.start[self.episode[rows], None])
+        moments = [self.pictures[row] for row in history.flatten()]
+        raw = bytearray().join(zlib.decompress(view) for moment in moments for view in moment)
+        shape = len(rows), -1, self.image_size, self.image_size, 3
+        return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape))
 
     def batch(self, rows, rng, augment=False):
-        """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and
-        goal (B, G), normalised, and known (B, G), whether that can be told; spot (B, 2, P'), the
-        attention that thing and place should have; intent (U,), what each sentence asks for; spoken
-        (U, 2), see Sentences."""
+        """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and goal (B,
+        G), normalised, nan: unknown; spot (B, 2, P'), the attention that thing and place should
+        have; intent (U,), the number of what each sentence asks for; spoken (U, 2), see Sentences."""
         rows = torch.from_numpy(rows)
-        history = rows[:, None] - torch.arange(config.frames)  # newest first
-        history = history.maximum(self.start[rows, None])
-        images = self.pictures_of(history).flatten(1, 2)
+        images = self.pictures_of(rows)
         uv = self.uv[rows]
-        shift = torch.zeros(*images.shape[:2], 2)
+        shift = torch.zeros(len(rows), 2)
         if args.shift and augment:
             images, uv, shift = shifted(images, uv, args.shift)
         if args.randomize and augment:
-            images = other_light(images, args.randomize)
+            other_light(images, args.randomize)
 
+        episode = self.episode[rows]
         ahead = rows[:, None] + torch.arange(config.chunk)
-        valid = ahead < self.end[rows, None]  # nothing is known beyond the episode
-        target = self.action[ahead.clamp_max(len(self.end) - 1)] * valid[..., None]
-        requests, sentence = self.request[rows].unique(return_inverse=True)
-        goal = (self.goal[rows] - self.goal_mean) / self.goal_std
+        end = self.end[episode, None]  # beyond it nothing is known
+        requests, sentence = self.request[episode].unique(return_inverse=True)
         batch = dict(
             self.sentences.draw(requests.tolist(), rng),
             images=images,
             shift=shift,
             state=self.state[rows],
             sentence=sentence,
-            target=target,
-            valid=valid,
-            goal=goal.nan_to_num(),
-            known=goal.isfinite(),
+            target=self.action[ahead.minimum(end - 1)],
+            valid=ahead < end,
+            goal=(self.goal[rows] - self.goal_mean) / self.goal_std,
             spot=attention_target(uv, self.image_size // config.patch),
         )
         return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -555,8 +466,10 @@ def compute_losses(net, batch):
     error = found["error"].float().mean(-1) * batch["valid"]  # (B, K)
     terms = dict(action=error.sum() / batch["valid"].sum())
     if "goal" in found:
-        off = F.smooth_l1_loss(found["goal"].float(), batch["goal"], reduction="none", beta=0.1)
-        terms["goal"] = (off * batch["known"]).sum() / batch["known"].sum().clamp_min(1)
+        known = batch["goal"].isfinite()
+        goal = found["goal"].float()[known]
+        error = F.smooth_l1_loss(goal, batch["goal"][known], beta=0.1, reduction="sum")
+        terms["goal"] = error / known.sum().clamp_min(1)
     if "attention" in found and config.vision != "cnn":
         spot = batch["spot"]
         attention = found["attention"].float()[..., : spot.shape[2]]  # of the newest pictures
@@ -565,17 +478,29 @@ def compute_losses(net, batch):
     if "intent" in found:
         terms["intent"] = F.cross_entropy(found["intent"].float(), batch["intent"])
     if "reading" in found:
-        spoken = batch["spoken"]
-        share = found["reading"].float().gather(2, spoken.clamp_min(0)[..., None])[..., 0]
-        terms["names"] = -((share + 1e-9).log() * (spoken >= 0)).mean()
+        words = (found["reading"].float() + 1e-9).log().mT  # (U, L, 2)
+        error = F.nll_loss(words, batch["spoken"], ignore_index=-1, reduction="sum")
+        terms["names"] = error / batch["spoken"].numel()
     return terms
 
 
 # --------------------------------------------------------------------------------- optimiser
+def orthogonalize(matrix):
+    """The nearest orthogonal matrix, nearly, by five steps of a Newton-Schulz iteration whose
+    coefficients bring all singular values close to 1 (Keller Jordan, github.com/KellerJordan/Muon),
+    in the type that is fast here: torch.optim.Muon computes in bf16, 1.2 s a step on a CPU without
+    bf16 units."""
+    tall = len(matrix) > len(matrix.T)  # its transpose has the smaller x @ x.T
+    x = matrix.T if tall else matrix
+    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16 if bf16 else torch.float32)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+    return x.T if tall else x
+
+
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz iteration (Keller Jordan,
-    github.com/KellerJordan/Muon), of all matrices of a shape at once and in the type that is fast
-    here: torch.optim.Muon computes in bf16, 1.2 s a step on a CPU without bf16 units.
+    """Momentum, orthogonalised.
 
     Without weight decay (arXiv:2502.16982) the matrices grow at every step: after 11,000 steps
     logits of attention were in the thousands, where bf16 is exact to 16, and the pointers got
@@ -587,24 +512,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for shape in {p.shape for p in group["params"]}:
-                params = [p for p in group["params"] if p.shape == shape]
-                g = torch.stack([p.grad for p in params])
-                buffer = self.state[params[0]].setdefault("momentum", torch.zeros_like(g))
-                buffer.lerp_(g, 1 - self.MOMENTUM)
-                g = g.lerp(buffer, self.MOMENTUM)  # Nesterov
-                tall = shape[0] > shape[1]
-                x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
-                x = (x.mT if tall else x).to(torch.bfloat16 if bf16 else torch.float32).contiguous()
-                for _ in range(5):
-                    gram = x @ x.mT
-                    gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-                    x = torch.baddbmm(x, gram, x, beta=3.4445)
-                x = x.mT if tall else x
-                scale = max(1, shape[0] / shape[1]) ** 0.5
-                for p, update in zip(params, x):
-                    p.mul_(1 - group["lr"] * self.DECAY)
-                    p.add_(update, alpha=-group["lr"] * scale)
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - self.MOMENTUM)
+                update = orthogonalize(p.grad.lerp(momentum, self.MOMENTUM))  # Nesterov
+                scale = max(1, len(p) / len(p.T)) ** 0.5
+                p.mul_(1 - group["lr"] * self.DECAY)
+                p.sub_(update, alpha=group["lr"] * scale)
 
 
 def make_optimizers(model):
@@ -613,9 +527,7 @@ def make_optimizers(model):
     for name, p in model.named_parameters():
         hidden = p.ndim == 2 and min(p.shape) >= config.width and "table" not in name
         (matrices if hidden and args.optimizer == "muon" else others).append(p)
-    adamw = torch.optim.AdamW(
-        others, args.adam_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
+    adamw = torch.optim.AdamW(others, args.adam_lr, betas=(0.9, 0.95), fused=True)
     return [adamw, Muon(matrices, dict(lr=args.lr))] if matrices else [adamw]
 
 
@@ -627,7 +539,7 @@ def schedule(step):
 # ------------------------------------------------------------------------------- preparation
 def run(script, *flags):
     """Runs another script of this repository; ends where that fails."""
-    status = subprocess.run([sys.executable, Path(__file__).with_name(script), *flags]).returncode
+    status = subprocess.call([sys.executable, Path(__file__).with_name(script), *flags])
     if status:
         sys.exit(status)
 
@@ -657,7 +569,6 @@ data = args.data or f"data/{args.tasks}"
 paths = sorted(glob.glob(f"{data}/*.h5") or glob.glob(data))
 if not paths:
     raise ValueError(f"there is no {data}; gen_data.py makes demonstrations")
-data_minutes = (time.time() - start) / 60
 demos = Demonstrations(paths)
 complete = dataclasses.replace(
     config,
@@ -672,13 +583,12 @@ complete = dataclasses.replace(
 
 torch.manual_seed(args.seed)
 model = POLICIES[config.model](complete)
-model.state_mean, model.state_std = demos.state_mean, demos.state_std
+model.state_mean, model.state_std = demos.spread(demos.state)
 if config.model == "vla":
     model.goal_mean, model.goal_std = demos.goal_mean, demos.goal_std
-    pictures = demos.pictures_of(torch.from_numpy(demos.train[::499])).float()  # (n, V', H, W, 3)
-    mean, std = pictures.mean((0, 2, 3)), pictures.std((0, 2, 3)).clamp_min(1)  # (V', 3)
-    model.vision.image_mean = mean.repeat(config.frames, 1)[..., None, None]
-    model.vision.image_std = std.repeat(config.frames, 1)[..., None, None]
+    some = demos.pictures_of(torch.from_numpy(demos.train[::499])).float()
+    model.vision.image_mean.fill_(some.mean())
+    model.vision.image_std.fill_(some.std() + 1)
 model.to(device)
 net = DistributedDataParallel(model) if RANKS > 1 else model
 optimizers = make_optimizers(model)
@@ -711,18 +621,17 @@ def average(value):
 def validate():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    rows = rng.choice(demos.valid, min(512, len(demos.valid)), replace=False)
+    rows = rng.permutation(demos.valid)[:512]
     terms = compute_losses(model, demos.batch(rows[RANK::RANKS], rng))
     return {f"val_{name}": average(value) for name, value in terms.items()}
 
 
 def save(step):
     if RANK == 0:
-        settings = vars(args) | dict(out_dir=None, resume=None, overwrite=False)
-        model.save(ckpt, step=step, **about)
+        settings = vars(args) | dict(out_dir="", resume="", overwrite=False)
         states = [optimizer.state_dict() for optimizer in optimizers]
-        more = dict(settings=settings, history=history, optimizers=states)
-        model.save(resume_pt, step=step, **more)
+        model.save(ckpt, step=step, **about)
+        model.save(resume_pt, step=step, settings=settings, history=history, optimizers=states)
         log.write_text("".join(json.dumps(line) + "\n" for line in history))
 
 
@@ -732,7 +641,6 @@ for kind in (signal.SIGINT, signal.SIGTERM):
     signal.signal(kind, lambda *_: os._exit(130) if stopping else stopping.append(True))
 weights = dict(action=1.0, goal=args.goal_weight)
 weights["intent"] = weights["names"] = args.language_weight
-began, measured = time.time(), first_step
 for step in range(first_step, args.steps):
     rng = np.random.default_rng([args.seed, step])  # a batch is a function of seed and step
     torch.manual_seed(1_000_000 * args.seed + step + 10**12 * RANK)
@@ -756,19 +664,14 @@ for step in range(first_step, args.steps):
         optimizer.zero_grad()
 
     done = step + 1
-    last = done == args.steps
-    if done % args.log_interval == 0 or last:
-        seconds = (time.time() - began) / (done - measured)
+    stop = average(torch.tensor(float(len(stopping)), device=device))  # all processes together
+    if stop or done == args.steps or done % args.eval_interval == 0:
         losses = dict(loss=average(loss.detach()), **validate())
-        speed = args.batch_size / seconds
-        history.append(dict(step=done, **losses, lr=args.lr * rate, samples_per_s=speed))
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        print(f"step {done:5d}  {shown}  {seconds * 1e3:.0f} ms/step", flush=True)
-        began, measured = time.time(), done
-    stop = average(torch.tensor(float(len(stopping)), device=device))  # all of them together
-    if stop or last or args.eval_interval and done % args.eval_interval == 0:
+        history.append(dict(step=done, **losses, lr=args.lr * rate))
         save(done)
-    if stop and not last:
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        print(f"step {done:5d}  {shown}  {(time.time() - start) / 60:.1f} min", flush=True)
+    if stop and done < args.steps:
         carry_on = f"python train.py --resume {shlex.quote(str(out_dir))}"
         print(f"stopped after {done} steps; {carry_on} carries on", file=sys.stderr)
         sys.exit(130)
@@ -778,7 +681,6 @@ if RANK > 0:
     sys.exit()
 
 # ------------------------------------------------------------------------------------- score
-minutes = (time.time() - start) / 60 - data_minutes
-print(f"{ckpt}, {log}; data {data_minutes:.1f} min, training {minutes:.1f} min", flush=True)
-if args.eval_interval and set(demos.tasks) <= set(TASKS):
+print(f"{ckpt}, {log}", flush=True)
+if args.eval_episodes and set(demos.tasks) <= set(TASKS):
     run("eval.py", f"--ckpt={ckpt}", "--seed=0", f"--episodes={args.eval_episodes}")
