@@ -150,7 +150,8 @@ def pick(options, rng):
 
 
 def make_wording(task, slots, rng, held_out=False):
-    """A wording of the request, of 40 words at most, drawn by `rng`."""
+    """A wording of the request, drawn by `rng`, of 24 words at most: the longest sentence of a batch
+    sets its cost in training."""
 
     def expand(text):
         """Replaces every <rule> and every (choice|of|these), and what comes in their place."""
@@ -165,7 +166,7 @@ def make_wording(task, slots, rng, held_out=False):
         return expand(pick(options, rng))
 
     words = expand(f"<{task}>").split()
-    return " ".join(words) if len(words) <= 40 else make_wording(task, slots, rng, held_out)
+    return " ".join(words) if len(words) <= 24 else make_wording(task, slots, rng, held_out)
 
 
 def make_instruction(request, rng, held_out=False):
@@ -487,7 +488,9 @@ class Env:
         m.cam_fovy += differ(2.0, m.ncam)  # degrees
         m.geom_friction *= 1 + differ(0.3)
         m.dof_damping *= 1 + differ(0.5)
-        m.body_mass[m.geom_bodyid[self.thing_geom[: self.n_blocks]]] *= 1 + differ(0.5, self.n_blocks)
+        m.body_mass[m.geom_bodyid[self.thing_geom[: self.n_blocks]]] *= 1 + differ(
+            0.5, self.n_blocks
+        )
         servo = 1 + differ(0.25, 7, 1)  # gain and bias together
         m.actuator_gainprm[:7] *= servo
         m.actuator_biasprm[:7] *= servo

@@ -18,7 +18,6 @@ import glob
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -78,11 +77,10 @@ SETTINGS = dict(  # flags and their defaults: --steps 800
     # the rest
     shift=0,  # px that pictures are shifted by at random, at most
     device="",  # cuda, mps or cpu; '': the fastest there is
-    eval_interval=100,  # steps between validations, each with a checkpoint
+    eval_interval=100,  # steps between validations, each with a checkpoint; 0: at the end alone
     eval_episodes=200,  # of the closed-loop score; 0: none
 )
 RECIPES = dict(
-    one={},
     all=dict(tasks="all", steps=9000, batch_size=96, episodes=8000, randomize=1.0),
     bc=dict(model="bc", chunk=1, optimizer="adamw"),
     classic=dict(  # small VLAs as tutorials build them
@@ -106,6 +104,8 @@ RECIPES = dict(
 own = [field for field in dataclasses.fields(Config) if field.type in (int, str)]
 own = {field.name: field.default for field in own if not field.name.endswith("_size")}
 choices = CHOICES | dict(recipe=RECIPES, optimizer=("muon", "adamw"))
+# --help says what the comments beside the settings say.
+comments = dict(re.findall(r"^    (\w+)=.*?  # (.*)", Path(__file__).read_text("utf-8"), re.M))
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -117,19 +117,17 @@ for name, default in (SETTINGS | own).items():
         type=type(default),
         default=default,
         choices=choices.get(name),
-        help=f"default {default!r}",
+        help=f"{comments.get(name, 'see Config in model.py')} (default {default!r})",
     )
 
 said = parser.parse_args()
 several = said.tasks == "all" or "," in said.tasks
-parser.set_defaults(**RECIPES[said.recipe or ("all" if several else "one")])
+parser.set_defaults(**RECIPES.get(said.recipe or ("all" if several else ""), {}))
 saved = load_file(Path(said.resume, "resume.pt")) if said.resume else dict(settings={})
 parser.set_defaults(**saved["settings"])
 args = parser.parse_args()
 out_dir = Path(args.resume or args.out_dir)
 config = Config(**{name: getattr(args, name) for name in own})  # what follows from data comes later
-if min(args.steps, args.eval_interval) < 1:
-    raise ValueError("--steps and --eval_interval are at least 1")
 
 RANK = int(os.environ.get("RANK", 0))  # which process, of torchrun's
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -269,8 +267,8 @@ class Sentences:
             asked += [("none", {})] * self.NONE
         text, names, intent, spoken = zip(*[self.word(*request, rng) for request in asked])
         return dict(
-            text=pad_sequence(text, batch_first=True),
-            names=pad_sequence(names, batch_first=True),
+            text=pad_sequence(text, True),
+            names=pad_sequence(names, True),
             intent=torch.tensor(intent),
             spoken=torch.stack(spoken),
         )
@@ -292,7 +290,7 @@ class Sentences:
         true = shuffled | names
         spoken = torch.full([len(POINTERS)], -1)
         if config.pointers and config.text == "word":
-            for pointer, slot in enumerate(names):
+            for pointer, slot in zip(range(len(POINTERS)), names):
                 before, named, _ = wording.partition("{%s}" % slot)
                 if named:
                     spoken[pointer] = len(split(before))
@@ -368,9 +366,7 @@ class Demonstrations:
             pictures = [key.removesuffix("_image") for key in keys if key.endswith("_image")]
             self.cameras = tuple(args.cameras.split(",") if args.cameras else pictures)
             self.image_size = episode[f"observations/{self.cameras[0]}_image"].shape[1]
-            hidden = PRIVILEGED
-            if config.model == "bc":  # which has no eyes, but is told where things are
-                self.cameras, hidden = (), ()
+            hidden = () if config.model == "bc" else PRIVILEGED  # bc is told where things are
             numbers = [key for key in keys if not key.endswith("_image")]
             self.state_keys = tuple(key for key in numbers if key not in hidden)
         T = len(episode["actions"])
@@ -385,7 +381,7 @@ class Demonstrations:
         if np.abs(action).max() > 1:
             raise ValueError(f"{episode.name}/actions must be from -1 to 1")
         views = [frames(episode[f"observations/{name}_image"]) for name in self.cameras]
-        self.pictures += list(zip(*views)) or [()] * T
+        self.pictures += zip(*views)
         sentence = episode.attrs["instruction"]
         about = dict(intent=sentence, slots="{}", task="demonstrated", interrupted=False)
         about |= dict(scene_seed=number) | dict(episode.attrs)
@@ -551,8 +547,6 @@ if ckpt.exists() and not args.resume and not args.overwrite:
         "--out_dir goes elsewhere"
     )
 out_dir.mkdir(parents=True, exist_ok=True)
-if RANK > 0:  # only the first prints
-    sys.stdout = open(os.devnull, "w")
 if RANKS > 1:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -601,20 +595,22 @@ if args.resume:
         optimizer.load_state_dict(state)
     first_step, history = saved["step"], saved["history"]
 about = dict(code=code_version(), torch=str(torch.__version__))
-print(
-    f"{data}: {len(demos.train)} moments to train on, {len(demos.valid)} held out, of "
-    f"{', '.join(demos.tasks)}\n{config.model}: "
-    f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}, "
-    f"{'bfloat16' if bf16 else 'float32'}, torch {about['torch']}, code {about['code']}",
-    flush=True,
-)
+if RANK == 0:
+    print(
+        f"{data}: {len(demos.train)} moments to train on, {len(demos.valid)} held out, of "
+        f"{', '.join(demos.tasks)}\n{config.model}: "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}, "
+        f"{'bfloat16' if bf16 else 'float32'}, torch {about['torch']}, code {about['code']}",
+        flush=True,
+    )
 
 
-def average(value):
-    """Of all processes, as a float."""
+def heard_stop():
+    """Whether any of the processes is to stop."""
+    heard = torch.tensor(len(stopping), device=device)
     if RANKS > 1:
-        dist.all_reduce(value)
-    return value.item() / RANKS
+        dist.all_reduce(heard)
+    return heard.item() > 0
 
 
 @torch.no_grad()
@@ -622,23 +618,22 @@ def validate():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     rows = rng.permutation(demos.valid)[:512]
-    terms = compute_losses(model, demos.batch(rows[RANK::RANKS], rng))
-    return {f"val_{name}": average(value) for name, value in terms.items()}
+    terms = compute_losses(model, demos.batch(rows, rng))
+    return {f"val_{name}": value.item() for name, value in terms.items()}
 
 
 def save(step):
-    if RANK == 0:
-        settings = vars(args) | dict(out_dir="", resume="", overwrite=False)
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        model.save(ckpt, step=step, **about)
-        model.save(resume_pt, step=step, settings=settings, history=history, optimizers=states)
-        log.write_text("".join(json.dumps(line) + "\n" for line in history))
+    settings = vars(args) | dict(out_dir="", resume="", overwrite=False)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    model.save(ckpt, step=step, **about)
+    model.save(resume_pt, step=step, settings=settings, history=history, optimizers=states)
+    log.write_text("".join(json.dumps(line) + "\n" for line in history))
 
 
 # ---------------------------------------------------------------------------------- the loop
 stopping = []  # Ctrl-C is heeded between steps
 for kind in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(kind, lambda *_: os._exit(130) if stopping else stopping.append(True))
+    signal.signal(kind, lambda *_: stopping.append(True))
 weights = dict(action=1.0, goal=args.goal_weight)
 weights["intent"] = weights["names"] = args.language_weight
 for step in range(first_step, args.steps):
@@ -664,16 +659,16 @@ for step in range(first_step, args.steps):
         optimizer.zero_grad()
 
     done = step + 1
-    stop = average(torch.tensor(float(len(stopping)), device=device))  # all processes together
-    if stop or done == args.steps or done % args.eval_interval == 0:
-        losses = dict(loss=average(loss.detach()), **validate())
+    stop = heard_stop()
+    last = done == args.steps
+    if RANK == 0 and (stop or last or done % (args.eval_interval or args.steps) == 0):
+        losses = dict(loss=loss.item(), **validate())
         history.append(dict(step=done, **losses, lr=args.lr * rate))
         save(done)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
         print(f"step {done:5d}  {shown}  {(time.time() - start) / 60:.1f} min", flush=True)
-    if stop and done < args.steps:
-        carry_on = f"python train.py --resume {shlex.quote(str(out_dir))}"
-        print(f"stopped after {done} steps; {carry_on} carries on", file=sys.stderr)
+    if stop and not last:
+        print(f"stopped after {done} steps; --resume {out_dir} carries on", file=sys.stderr)
         sys.exit(130)
 if RANKS > 1:
     dist.destroy_process_group()
