@@ -28,25 +28,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gen_data import (
-    ACTION_NAMES,
-    HELD_OUT,
-    NAMES,
-    SPLITS,
-    SUCCESS_STEPS,
-    TASKS,
-    TEST_SEED,
-    Env,
-    choose,
-    expert,
-    explain_errors,
-    make_instruction,
-    pick,
-)
+from gen_data import ACTION_NAMES, HELD_OUT, NAMES, SPLITS, SUCCESS_STEPS, TASKS, TEST_SEED
+from gen_data import Env, choose, expert, explain_errors, make_instruction, pick
 from model import UNDERSTOOD, VLA, code_version
 
 CONTROLS = ("blind", "blind_shuffled", "deaf", "deaf_shuffled", "swap", "retarget")
-COUNTS = ("original_success", "declined", "wrong_first", "untouched")  # of episodes, in a row
+COUNTS = (
+    "original_success",
+    "declined",
+    "wrong_first",
+    "untouched",
+)  # of episodes, in a row
 
 
 # ----------------------------------------------------------------------------------- playing
@@ -79,7 +71,9 @@ def tell_another(env, rng):
     return env.instruction, env.observe()
 
 
-def play(policy, env, seed, options=None, control="none", wording=None, watch=lambda obs: None):
+def play(
+    policy, env, seed, options=None, control="none", wording=None, watch=lambda obs: None
+):
     """Plays one scene to its end; returns what came of it, a dict.
 
     policy: of model.py, or "expert" or "random". options: of Env.reset. control: of CONTROLS.
@@ -89,7 +83,9 @@ def play(policy, env, seed, options=None, control="none", wording=None, watch=la
     if learned:
         policy.reset(seed)
     rng = np.random.default_rng([seed, 2])
-    if control.endswith("shuffled"):  # tasks take turns with the seeds: it has the same task
+    if control.endswith(
+        "shuffled"
+    ):  # tasks take turns with the seeds: it has the same task
         other_obs, other_info = env.reset(seed + len(env.tasks), options)
     obs, info = env.reset(seed, options)
     task, meaning = env.task, env.meaning  # of the scene's own request, whatever is told
@@ -109,7 +105,9 @@ def play(policy, env, seed, options=None, control="none", wording=None, watch=la
     elif control == "swap":
         told, obs = tell_another(env, rng)
     switch = rng.integers(5, 40) if control == "retarget" else None  # control step
-    original_steps = 0  # in a row, in which the scene's own request is fulfilled: of swap alone
+    original_steps = (
+        0  # in a row, in which the scene's own request is fulfilled: of swap alone
+    )
     while True:
         watch(obs)
         action = action_of(policy, env, obs | shown, told, rng)
@@ -154,8 +152,7 @@ def load(path, changes):
 # Scenes are played in processes of their own. Each makes its policy and its Env once, in start(),
 # and then plays one scene after the other with them, in play_job().
 def start(who, changes, world):
-    """Prepares a process. who: "expert", "random", or a checkpoint, with changes, see load().
-    world: arguments of Env."""
+    """Prepares a process. who: "expert", "random", or a checkpoint; world: arguments of Env."""
     global player
     torch.set_num_threads(1)  # for one picture at a time, more only wait for each other
     policy = who
@@ -246,14 +243,38 @@ if __name__ == "__main__":
     )
     add = parser.add_argument
     add("--ckpt", help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
-    add("--set", nargs="*", default=[], help="changes of its Config: execute=2 flow_steps=8")
+    add(
+        "--set",
+        nargs="*",
+        default=[],
+        help="changes of its Config: execute=2 flow_steps=8",
+    )
     add("--policies", default="policy", help="comma list of expert, random, policy")
-    add("--controls", action="store_true", help="also play the checkpoint under each control")
-    add("--episodes", type=int, default=100, help="scenes, shared among the tasks (default 100)")
-    add("--seed", type=int, default=TEST_SEED, help="of the first scene; below 1,000,000: choosing")
+    add(
+        "--controls",
+        action="store_true",
+        help="also play the checkpoint under each control",
+    )
+    add(
+        "--episodes",
+        type=int,
+        default=100,
+        help="scenes, shared among the tasks (default 100)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=TEST_SEED,
+        help="of the first scene; below 1,000,000: choosing",
+    )
     add("--tasks", help="all, or a comma list (default: what the checkpoint learned)")
     add("--split", default="seen", choices=SPLITS, help="what of the scenes is unseen")
-    add("--randomize", type=float, default=0.0, help="how much the world differs (default 0)")
+    add(
+        "--randomize",
+        type=float,
+        default=0.0,
+        help="how much the world differs (default 0)",
+    )
     add(
         "--instructions",
         type=Path,
@@ -276,14 +297,20 @@ if __name__ == "__main__":
         scene["options"] = dict(task=task, slots=slots)
         reworded.append(scene | dict(wording=wording))
     if not tasks or not scenes or lines and not model:
-        raise ValueError("no scene, or no policy; change --policies, --tasks, --split, --episodes")
+        raise ValueError(
+            "no scene, or no policy; change --policies, --tasks, --split, --episodes"
+        )
     # Who plays, what the results are called, and what play() is given for each scene.
     runs = [(name, name, scenes) for name in names if name != "policy"]
     if model:
-        print(f"{model.path}: step {model.step}, code {model.code}; this code {code_version()}")
+        print(
+            f"{model.path}: step {model.step}, code {model.code}; this code {code_version()}"
+        )
         runs.append((model.path, "none", scenes))
         for control in CONTROLS if args.controls else ():
-            runs.append((model.path, control, [scene | dict(control=control) for scene in scenes]))
+            runs.append(
+                (model.path, control, [scene | dict(control=control) for scene in scenes])
+            )
         if reworded:
             runs.append((model.path, "these sentences", reworded))
     print(f"{len(scenes)} scenes from seed {args.seed}, split {args.split}")
@@ -297,13 +324,21 @@ if __name__ == "__main__":
         *of_tasks, of_all = [summarize(results, task, about) for task in [*found, "all"]]
         rows += [*of_tasks, of_all]
         print(describe(of_all))
-        print("    " + ", ".join(f"{row['task']} {row['k']}/{row['n']}" for row in of_tasks))
+        print(
+            "    " + ", ".join(f"{row['task']} {row['k']}/{row['n']}" for row in of_tasks)
+        )
     nothing = [wording for task, wording, _ in lines if task == "none"]
     if nothing:
         k = sum(model.understands(wording) < UNDERSTOOD for wording in nothing)
-        rows.append(dict(policy=model.path, control="declined", task="none", k=k, n=len(nothing)))
-        print(f"{percent(k, len(nothing))} of the sentences that ask for nothing are declined")
+        rows.append(
+            dict(policy=model.path, control="declined", task="none", k=k, n=len(nothing))
+        )
+        print(
+            f"{percent(k, len(nothing))} of the sentences that ask for nothing are declined"
+        )
     if args.out:
         args.out.parent.mkdir(exist_ok=True)
-        content = json.dumps(dict(rows=rows, episodes=episodes, code=code_version()), indent=1)
+        content = json.dumps(
+            dict(rows=rows, episodes=episodes, code=code_version()), indent=1
+        )
         args.out.write_text(content)

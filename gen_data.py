@@ -8,8 +8,7 @@ blocks, coloured pads and a drawer; a sentence says what to do with which of the
 no OpenGL: pixels come from MuJoCo's ray caster. Importing this file does no work.
 
 World frame: origin at the arm's base on the table top, x away from the robot, y to its left, z up;
-metres. In order: numbers, sentences, scene, camera, environment, the expert's movements, tasks,
-demonstrations, the data file.
+metres. In order: numbers, sentences, scene, camera, environment, expert, demonstrations, data file.
 """
 
 import argparse
@@ -74,8 +73,7 @@ JOINT_MARGIN = 0.02  # rad, kept from the ends of the joints' ranges
 VALID_SEED = 0  # for choosing
 TEST_SEED = 1_500_000  # for reporting, once a release
 DEMO_SEED = 2_000_000
-# Random streams of a scene: [seed] itself; [seed, 1] its demonstrations, 2 eval.py, 7 its world, 8
-# the noise in its pictures.
+# Random streams of a scene: [seed] itself; [seed, 1] demonstrations, 2 eval.py, 7 world, 8 noise.
 
 # What demonstrations never show: these combinations of words, and what the grammar marks with a *.
 HELD_OUT = dict(
@@ -150,8 +148,7 @@ def pick(options, rng):
 
 
 def make_wording(task, slots, rng, held_out=False):
-    """A wording of the request, drawn by `rng`, of 24 words at most: the longest sentence of a batch
-    sets its cost in training."""
+    """A wording of the request, of 24 words at most: the longest of a batch sets its cost."""
 
     def expand(text):
         """Replaces every <rule> and every (choice|of|these), and what comes in their place."""
@@ -166,7 +163,9 @@ def make_wording(task, slots, rng, held_out=False):
         return expand(pick(options, rng))
 
     words = expand(f"<{task}>").split()
-    return " ".join(words) if len(words) <= 24 else make_wording(task, slots, rng, held_out)
+    return (
+        " ".join(words) if len(words) <= 24 else make_wording(task, slots, rng, held_out)
+    )
 
 
 def make_instruction(request, rng, held_out=False):
@@ -180,7 +179,9 @@ def draw_wordings(tasks, rng, count):
     times as many sentences that ask for nothing, and some for other tasks."""
     found = dict(none=[make_wording("none", {}, rng) for _ in range(3 * count)])
     for task in TASKS:
-        for slots in slots_of(task, SLOTS | dict.fromkeys(NAMES, [""])):  # names are left open
+        for slots in slots_of(
+            task, SLOTS | dict.fromkeys(NAMES, [""])
+        ):  # names are left open
             wordings = [make_wording(task, slots, rng) for _ in range(count)]
             if task in tasks:
                 found[intent(task, slots)] = wordings
@@ -248,15 +249,7 @@ SCENE = """
                     <body name="finger_right" pos="0 0 .0584" gravcomp="1">
                       <joint name="finger_right" axis="0 -1 0" class="finger"/>
                       <geom name="finger_right" pos="0 -.006 .032" class="finger"/>
-                    </body>
-                  </body>
-                </body>
-              </body>
-            </body>
-          </body>
-        </body>
-      </body>
-    </body>
+                    </body></body></body></body></body></body></body></body></body>
     <replicate count="{n_blocks}">
       <body name="block">
         <freejoint/>
@@ -338,7 +331,9 @@ class RayCamera:
         self.model = model
         self.size = size  # px
         self.id = model.camera(name).id
-        y, x = (np.mgrid[:size, :size].reshape(2, -1) + 0.5) / size  # middles of pixels, 0..1
+        y, x = (
+            np.mgrid[:size, :size].reshape(2, -1) + 0.5
+        ) / size  # middles of pixels, 0..1
         self.grid = np.stack([x, y, np.ones(size**2)], 1)
 
     def matrix(self, data):
@@ -374,7 +369,9 @@ class RayCamera:
 
     def _pixels_to_cast(self, data):
         """Indices (n,) of the pixels in the rectangle of some geom that is not the table."""
-        boxes = self.model.geom_aabb[1:].reshape(-1, 2, 1, 3)  # middle and half size, geom frame
+        boxes = self.model.geom_aabb[1:].reshape(
+            -1, 2, 1, 3
+        )  # middle and half size, geom frame
         corners = boxes[:, 0] + self.CORNERS * boxes[:, 1]  # (geoms, 8, 3)
         turn = data.geom_xmat[1:].reshape(-1, 3, 3)  # geoms to world
         corners = corners @ turn.swapaxes(1, 2) + data.geom_xpos[1:, None]
@@ -391,8 +388,7 @@ class RayCamera:
 
 
 def cast(model, data, origin, rays):
-    """What rays (n, 3) from `origin` (3,) meet first: geom ids (n,), -1 for nothing, and the
-    surface's normals (n, 3)."""
+    """What rays (n, 3) from `origin` meet first: geom ids (n,), -1: none, and normals (n, 3)."""
     n = len(rays)
     geom, distance, normal = np.empty(n, np.int32), np.empty(n), np.empty(3 * n)
     found = geom, distance, normal
@@ -419,13 +415,15 @@ class Env:
     WORKSPACE and JOINT_MARGIN. info["force"] is the largest contact force on a block so far, N.
 
     Things are numbered: blocks, then pads, then the drawer's handle. `command` and `q_command` are
-    where hand and joints are to be, `ee_pos` and `data` where they are; `ik_data` is scratch. In
-    qpos are seven joints, two fingers, seven numbers of each block, the drawer; in ctrl the joints,
-    the gripper.
-    """
+    where hand and joints are to be, `ee_pos` and `data` where they are; `ik_data` is scratch. qpos
+    is seven joints, two fingers, seven numbers of each block, the drawer; ctrl joints and gripper."""
 
     def __init__(
-        self, tasks=("pick_place",), cameras=("front", "wrist"), split="seen", randomize=0.0
+        self,
+        tasks=("pick_place",),
+        cameras=("front", "wrist"),
+        split="seen",
+        randomize=0.0,
     ):
         self.tasks = choose(tasks, TASKS)
         self.split = split
@@ -452,7 +450,7 @@ class Env:
 
         options: dict(task=name, slots=some of them), to ask for something by name. Raises
         ValueError if no scene allows that."""
-        self.seed = np.random.randint(2**31) if seed is None else int(seed)
+        self.seed = np.random.randint(2**31) if seed is None else seed
         options = options or {}
         slots = options.get("slots", {})
         task = options.get("task", self.tasks[self.seed % len(self.tasks)])
@@ -466,7 +464,9 @@ class Env:
             requests = self.requests(task, held_out, slots)
             if requests:
                 request = pick(requests, rng)
-                self.set_request(request, make_instruction(request, rng, self.split == "phrasing"))
+                self.set_request(
+                    request, make_instruction(request, rng, self.split == "phrasing")
+                )
                 return self.observe(), self.info()
         raise ValueError(f"no scene allows task {task} with {slots or 'this split'}")
 
@@ -497,7 +497,9 @@ class Env:
         mujoco.mj_setConst(m, self.ik_data)  # what follows from the masses
         self.pixel_noise = abs(differ(8.0))  # standard deviation, of 255
         self.pixel_rng = np.random.default_rng([self.seed, 8])
-        self.late = rng.random() < 0.5 * self.randomize  # actions arrive one control step late
+        self.late = (
+            rng.random() < 0.5 * self.randomize
+        )  # actions arrive one control step late
 
     def _new_scene(self, rng):
         m, d, n = self.model, self.data, self.n_blocks
@@ -518,7 +520,9 @@ class Env:
         pose[:, 3] = np.cos(yaw / 2)
         pose[:, 6] = np.sin(yaw / 2)
         m.body_pos[m.geom_bodyid[self.thing_geom[n:-1]], :2] = spots[n:]
-        d.qpos[-1] = DRAWER * np.clip(rng.uniform(-0.4, 1.4), 0, 1)  # often shut or wide open
+        d.qpos[-1] = DRAWER * np.clip(
+            rng.uniform(-0.4, 1.4), 0, 1
+        )  # often shut or wide open
         self.command = rng.uniform((0.38, -0.2, 0.14), (0.6, 0.2, 0.26))  # m, for the hand
         self.q_command = HOME  # rad, for the joints
         for _ in range(20):
@@ -527,7 +531,9 @@ class Env:
         d.qpos[7:9] = d.ctrl[7] = GRIPPER_OPEN
         self.ee_vel = np.zeros(3)  # m/s
         self.force = 0.0  # N, the largest so far
-        self.delayed = np.eye(len(ACTION_NAMES))[-1]  # the action on its way, if late: open, stay
+        self.delayed = np.eye(len(ACTION_NAMES))[
+            -1
+        ]  # the action on its way, if late: open, stay
 
     def _free_spots(self, rng):
         """Places (n_blocks + N_PADS, 2) m, 10 cm apart at least."""
@@ -540,9 +546,8 @@ class Env:
 
     # -- requests
     def resolve(self, slots):
-        """What the words mean in this scene, which is what a Task's methods are given: a name is
-        the number of its thing, a direction a unit vector (2,). Raises ValueError for a colour
-        that is not there."""
+        """What the words mean in this scene, which is what a Task's methods are given: a name the
+        number of its thing, a direction a unit vector. ValueError if there is no such thing."""
         for slot, word in slots.items():
             if word not in self.words[slot]:
                 raise ValueError(f"there is no {word} {slot} here")
@@ -553,7 +558,10 @@ class Env:
         alone, False for the others, None for both; only: slots that they must have."""
         found = []
         for slots in slots_of(task, self.words):
-            wanted = held_out in (None, is_held_out(task, slots)) and only.items() <= slots.items()
+            wanted = (
+                held_out in (None, is_held_out(task, slots))
+                and only.items() <= slots.items()
+            )
             if wanted and TASKS[task].possible(self, *self.resolve(slots)):
                 found.append((task, slots))
         return found
@@ -562,15 +570,16 @@ class Env:
         """What is to be done from now on, and the sentence for it; restarts the clock. Raises
         ValueError if it names what is not there."""
         self.meaning = self.resolve(request[1])  # ValueError before anything changes
-        first = [*request[1]][0]  # slot; what is to be moved is what that names, or the handle
+        first = [*request[1]][
+            0
+        ]  # slot; what is to be moved is what that names, or the handle
         self.thing = self.meaning[0] if first in NAMES else self.handle
         self.request = request
         self.task, self.slots = request
         self.instruction = text
         self.steps = 0
         self.done_steps = 0
-        # What has happened since, which push is judged by and no picture shows. The expert reads
-        # none of it.
+        # What has happened since, which push is judged by and no picture shows.
         self.touched = None  # colour of the first block to be touched
         self.lifted = np.zeros(self.n_blocks, bool)
         self.origin = self.block_pos.copy()  # (n_blocks, 3) m, where each block was
@@ -581,7 +590,9 @@ class Env:
         success, or a simulation that diverged (info["diverged"])."""
         action = np.asarray(action, np.float64)
         if action.shape != (len(ACTION_NAMES),) or not np.isfinite(action).all():
-            raise ValueError(f"an action is {len(ACTION_NAMES)} finite numbers, not {action!r}")
+            raise ValueError(
+                f"an action is {len(ACTION_NAMES)} finite numbers, not {action!r}"
+            )
         if self.late:
             action, self.delayed = self.delayed, action
         action = action.clip(-1, 1)
@@ -609,8 +620,7 @@ class Env:
 
     def _solve_ik(self, target):
         """One damped least-squares step of the commanded joints towards the hand at `target`,
-        pointing down, so they lag a little; what the six equations leave free drifts back to a
-        comfortable elbow."""
+        pointing down, so they lag a little; what six equations leave free drifts back to HOME."""
         m, d = self.model, self.ik_data
         d.qpos[:7] = self.q_command
         mujoco.mj_kinematics(m, d)
@@ -723,10 +733,8 @@ def act(motion, gripper):
 
 def funnel(across, near):
     """How much higher than at its goal, in m, the hand should be `across` (2,) m from it: not at
-    all within `near` m, and by twice the distance beyond.
-
-    If it were steep, a policy that is a centimetre uncertain would hover at the height that belongs
-    to its usual error."""
+    all within `near` m, and by twice the distance beyond. If that were steep, a policy that is a
+    centimetre uncertain would hover at the height that belongs to its usual error."""
     return 2 * max(np.hypot(*across) - near, 0)
 
 
@@ -759,8 +767,7 @@ def grasp(env):
 
 
 def carry(env, goal, above):
-    """Brings the thing in the hand until its middle is at `goal` (3,) m, for the time being `above`
-    m higher."""
+    """Brings the thing in the hand to `goal` (3,) m, for the time being `above` m higher."""
     load = env.thing_pos[env.held]
     low = goal[2] - 0.003 + env.ee_pos[2] - load[2]
     action = approach(env.ee_pos, (goal - load)[:2], low, above, -1)
@@ -828,7 +835,10 @@ class PickPlace(Task):
     THERE = 0.022
 
     def possible(self, env, block, pad):
-        return graspable(env, block) and distance(env.block_pos, env.thing_pos[pad]).min() >= 0.07
+        return (
+            graspable(env, block)
+            and distance(env.block_pos, env.thing_pos[pad]).min() >= 0.07
+        )
 
     def target(self, env, block, pad):
         return env.thing_pos[pad] + [0, 0, HALF]
@@ -901,7 +911,9 @@ class Push(Task):
 
     def possible(self, env, block, direction):
         """With nothing beside its way, from behind it to where it should be."""
-        way = env.block_pos[block, :2] + np.outer([-0.06, 0.04, 0.14], direction)  # (3, 2) m
+        way = env.block_pos[block, :2] + np.outer(
+            [-0.06, 0.04, 0.14], direction
+        )  # (3, 2) m
         others = np.delete(env.block_pos, block, 0)
         gap = distance(others[:, None, :2], way).min()
         free = gap > 0.085 and inside(way, (0.31, -0.22), (0.70, 0.30))
@@ -934,7 +946,9 @@ class Push(Task):
         return approach(hand, across, low, funnel(across, near=0.016), gripper)
 
 
-TASKS = dict(pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), drawer=Drawer())
+TASKS = dict(
+    pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), drawer=Drawer()
+)
 
 
 # ------------------------------------------------------------------------------ demonstrations
@@ -977,7 +991,7 @@ def blunder(env, rng, noise):
     env.set_request(env.request, env.instruction)  # restarts the clock
 
 
-def demonstrate(env, seed, randomize=0.0):
+def demonstrate(env, seed, randomize):
     """Plays one scene; yields (attrs, frames) of write_episode.
 
     A demonstration is one request, from the moment it is made until it is done or the next one, of
@@ -1000,7 +1014,7 @@ def demonstrate(env, seed, randomize=0.0):
             for name, camera in env.cameras.items():
                 frame[f"cameras/{name}"] = camera.matrix(env.data).astype(np.float32)
             obs, reward, terminated, truncated, info = env.step(action + next(noise))
-            frames.append(frame | dict(actions=action, rewards=np.float32(reward)))
+            frames.append(frame | dict(actions=action, rewards=reward))
             if terminated or truncated:
                 break
         success = info["success"]
@@ -1035,33 +1049,31 @@ def write_episode(file, index, attrs, frames):
 
     episode_0/
         attrs: instruction, task, intent (what is asked for, names apart), slots (JSON),
-        num_samples,
-            interrupted (whether another request came before it was done), scene_seed, randomize (of
-            its world)
+            num_samples, interrupted (by another request, before it was done), scene_seed, randomize
         observations/
             front_image, wrist_image     (T, 64, 64, 3) u1, one per camera
             joint_pos (T, 7) f4 rad      ee_pos (T, 3) f4 m      ee_vel (T, 3) f4 m/s
             gripper (T, 1) f4 m          object_pos, target_pos (T, 3) f4 m, see PRIVILEGED
         cameras/
             front, wrist                 (T, 3, 4) f4: its matrix, see project()
-        actions (T, 4) f4    rewards (T,) f4
+        actions (T, 4) f4    rewards (T,) f8
         obs -> observations
     wordings/push left (50,) str         of each intent, more of "none"; {names} left open
     data/                                robomimic's view
-        attrs: total (of steps), env_args (JSON: how the world was made, and a hash of this file
-        and of the grammar)
+        attrs: total (of steps), env_args (JSON: the world, a hash of this file and of the grammar)
         demo_0 -> episode_0
 
     Another robot's file needs pictures, ee_pos, gripper and other numbers, actions, and the
-    instruction; cameras/ and wordings/ make training quicker.
-    """
+    instruction; cameras/ and wordings/ make training quicker."""
     name = f"episode_{index}"
     group = file.create_group(name)
     for key in frames[0]:
         array = np.stack([frame[key] for frame in frames])
         packing = {}
         if key.endswith("_image"):  # one by one, as train.py wants them
-            packing = dict(chunks=(1, *array.shape[1:]), compression="gzip", compression_opts=1)
+            packing = dict(
+                chunks=(1, *array.shape[1:]), compression="gzip", compression_opts=1
+            )
         group.create_dataset(key, data=array, **packing)
     group.attrs.update(attrs, num_samples=len(frames))
     group["obs"] = h5py.SoftLink(f"/{name}/observations")
@@ -1088,7 +1100,9 @@ def record_file(job):
     samples = 0
     buffer = io.BytesIO()  # so that a full disk is Python's OSError
     with h5py.File(buffer, "w") as file:
-        for index, episode in enumerate(itertools.islice(demonstrations, settings["episodes"])):
+        for index, episode in enumerate(
+            itertools.islice(demonstrations, settings["episodes"])
+        ):
             samples += write_episode(file, index, *episode)
         rng = np.random.default_rng([first, 1])
         for name, wordings in draw_wordings(env.tasks, rng, WORDINGS).items():
@@ -1104,8 +1118,7 @@ def record_file(job):
 # -------------------------------------------------------------------------------------- script
 def explain_errors():
     """What a script does about errors: what the user can mend is one sentence and exit status 2,
-    Ctrl-C and SIGTERM are status 130. PICOVLA_TRACEBACK=1 in the environment shows where it came
-    from."""
+    Ctrl-C and SIGTERM are status 130. PICOVLA_TRACEBACK=1 in the environment shows the traceback."""
 
     def explain(kind, error, trace):
         atexit._run_exitfuncs()  # os._exit would not
@@ -1131,7 +1144,9 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--episodes", type=int, default=1500, help="demonstrations (default 1500)")
     add("--out", type=Path, help="folder for their files (default data/TASKS)")
-    add("--tasks", default="pick_place", help=f"all, or a comma list of {', '.join(TASKS)}")
+    add(
+        "--tasks", default="pick_place", help=f"all, or a comma list of {', '.join(TASKS)}"
+    )
     add("--cameras", default="front,wrist", help="comma list of front, wrist, top")
     add(
         "--randomize",
@@ -1139,14 +1154,18 @@ if __name__ == "__main__":
         default=0.0,
         help="how much the world differs in two scenes of three, 0 to 1 (default 0)",
     )
-    add("--seed", type=int, default=0, help="which 100,000 scenes to draw from (default 0)")
+    add(
+        "--seed", type=int, default=0, help="which 100,000 scenes to draw from (default 0)"
+    )
     add("--workers", type=int, help="processes (default all cores)")
     args = parser.parse_args()
     # Files that are there already stay, so the same command carries on. What is in a file depends
     # on its own scenes alone, not on the number of workers.
     world = dict(tasks=args.tasks, cameras=args.cameras, randomize=args.randomize)
     code = zlib.crc32(Path(__file__).read_bytes() + GRAMMAR.read_bytes())
-    env_args = dict(env_name="picovla", type=2, env_kwargs=world, code=code)  # 2: robomimic's Gym
+    env_args = dict(
+        env_name="picovla", type=2, env_kwargs=world, code=code
+    )  # 2: robomimic's Gym
     out = args.out or Path("data", args.tasks)
     jobs = []
     for start in range(0, args.episodes, EPISODES):

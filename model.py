@@ -13,8 +13,7 @@
 A sentence reaches the action like this: `tokenize` hashes the letters of each word, `Text` makes
 them words in their context, `Pointers` looks in the patches for what the words name, `goal` reads
 off where thing and place are from where it looks, `fusion` mixes what it found with the mean word
-and everything else, and the head turns all that into several chunks of K actions, of which one is
-drawn.
+and everything else, and the head makes of that several chunks of K actions: one is drawn.
 
 Dimension letters, used everywhere: B moments in a batch, V views (pictures of a moment: every
 camera's newest, then the ones before), H W pixels, P patches of all views, of which some are
@@ -60,7 +59,9 @@ class Config:
     action_size: int = 4  # A
     image_size: int = 64  # px
     # vision
-    vision: str = "vit_stem"  # two small convolutions; or a linear map (vit), or a CNN (cnn)
+    vision: str = (
+        "vit_stem"  # two small convolutions; or a linear map (vit), or a CNN (cnn)
+    )
     patch: int = 8  # px, edge of a patch
     keep_patches: int = 56  # times frames: those farthest from the picture's median colour
     frames: int = 1  # pictures of each camera: the last ones, a control step apart
@@ -68,14 +69,20 @@ class Config:
     text: str = "word"  # tokens: words, each by its letters; or letters (char)
     text_encoder: str = "transformer"  # or lstm
     buckets: int = 4096  # rows of the table that parts of words are hashed into
-    pointers: int = 1  # 1: both pointers from words to patches, for thing and place; 0: none
+    pointers: int = (
+        1  # 1: both pointers from words to patches, for thing and place; 0: none
+    )
     # fusion
-    fusion: str = "attention"  # of one vector for each modality; or a transformer over all tokens
+    fusion: str = (
+        "attention"  # of one vector for each modality; or a transformer over all tokens
+    )
     width: int = 128  # C
     heads: int = 4  # of attention
     layers: int = 2  # of each encoder
     # action head
-    head: str = "mixture"  # several chunks; regression (continuous), bins (tokens), or flow
+    head: str = (
+        "mixture"  # several chunks; regression (continuous), bins (tokens), or flow
+    )
     head_layers: int = 3  # hidden layers of the head
     head_width: int = 256  # numbers in each of them
     loss: str = "l1"  # of the mixture and the continuous head, or mse
@@ -87,7 +94,9 @@ class Config:
 
     def __post_init__(self):
         if self.width % 4 or self.width % self.heads:
-            raise ValueError(f"width {self.width} is no multiple of 4 and of heads {self.heads}")
+            raise ValueError(
+                f"width {self.width} is no multiple of 4 and of heads {self.heads}"
+            )
         if self.patch % CELL or self.image_size % self.patch:
             raise ValueError(
                 f"patch {self.patch} is no multiple of {CELL} that divides {self.image_size} px"
@@ -122,13 +131,14 @@ def split(sentence):
 @cache
 def ngrams(word, buckets):
     """NGRAMS numbers of a word: of itself and its parts of 3 to 5 letters, hashed, as in fastText
-    (arXiv:1607.04606), so that no word is unknown and a misspelt one is much like itself; 0 is
-    padding."""
+    (arXiv:1607.04606), so that no word is unknown and a misspelt one is much like itself. 0 pads."""
     word = f"<{word}>"
     parts = [word]
     for n in (3, 4, 5):
         parts += [word[i : i + n] for i in range(len(word) - n + 1)]
-    numbers = [1 + zlib.crc32(part.encode()) % (buckets - 1) for part in dict.fromkeys(parts)]
+    numbers = [
+        1 + zlib.crc32(part.encode()) % (buckets - 1) for part in dict.fromkeys(parts)
+    ]
     return (numbers + [0] * NGRAMS)[:NGRAMS]
 
 
@@ -216,7 +226,9 @@ class Vision(nn.Module):
         self.register_buffer("image_std", torch.full((V, 3, 1, 1), 64.0))
         whole = config.vision == "cnn"  # its only patch is the picture
         self.patch = config.image_size if whole else config.patch  # px
-        self.margin = CELL if config.vision == "vit_stem" else 0  # px seen above and to the left
+        self.margin = (
+            CELL if config.vision == "vit_stem" else 0
+        )  # px seen above and to the left
         self.side = config.image_size // self.patch  # patches across a picture
         self.patches = V * self.side**2  # P
         self.keep = min(config.keep_patches * config.frames, self.patches)
@@ -244,8 +256,7 @@ class Vision(nn.Module):
         return self.blocks(x), kept
 
     def score(self, x):
-        """How far from its picture's median colour each patch of (B, V, 3, H, W) has a pixel, (B,
-        P)."""
+        """How far from its picture's median colour each patch has a pixel, (B, P)."""
         half = F.avg_pool2d(x.flatten(0, 1), 2)  # with less noise
         some = half[..., ::4, ::4].flatten(2)  # a few pixels are enough for a median
         distance = (half - some.median(2).values[..., None, None]).abs().amax(1)
@@ -253,8 +264,7 @@ class Vision(nn.Module):
 
 
 def sincos_2d(place, width):
-    """2-D sine-cosine code (.., width) of places (.., 2), half the channels for y, half for x (as
-    in MAE, arXiv:2111.06377)."""
+    """2-D sine-cosine code (.., width) of places (.., 2), y and x (MAE, arXiv:2111.06377)."""
     freq = 1.0 / 100 ** (torch.arange(width // 4, device=place.device) / (width // 4))
     angle = place[..., None] * freq
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
@@ -314,8 +324,7 @@ class Pointers(nn.Module):
 
     Grammar and meaning are kept apart (arXiv:1904.09708): the words in their context say at which
     words a pointer finds its name and what kind of thing it is; the name itself is the bare
-    embedding of those words. So colours that never came together in training are no surprise.
-    """
+    embedding of those words. So colours that never came together in training are no surprise."""
 
     def __init__(self, config):
         super().__init__()
@@ -338,8 +347,8 @@ class Pointers(nn.Module):
         return self.query(reading @ (context + names)), reading
 
     def forward(self, queries, patches):
-        """Queries (B, 2, C) and patches (B, kept, C) to what they point at, (B, 2, C), and their
-        log-attention (B, 2, kept)."""
+        """Queries (B, 2, C) and patches (B, kept, C) to what is found, (B, 2, C), and log-attention
+        (B, 2, kept)."""
         keys = self.key(self.patch_norm(patches))
         logits = queries @ keys.mT * self.scale
         return logits.softmax(-1) @ patches, logits.log_softmax(-1)
@@ -380,8 +389,7 @@ class Transformer(nn.Module):
 
 
 class OneEach(nn.Module):
-    """What the others share: one vector for each modality, the mean of its tokens. mix() makes one
-    (B, C) of these (B, n, C)."""
+    """What the others share: one vector for each modality. mix(): (B, n, C) to (B, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -420,7 +428,9 @@ class Multiply(OneEach):
         return (1 + torch.einsum("bnc, ncd -> bnd", x, self.maps)).prod(1)
 
 
-FUSIONS = dict(attention=Attention, transformer=Transformer, concat=Concat, multiply=Multiply)
+FUSIONS = dict(
+    attention=Attention, transformer=Transformer, concat=Concat, multiply=Multiply
+)
 
 
 # -------------------------------------------------------------------------------- action heads
@@ -455,12 +465,13 @@ class Mixture(nn.Module):
     def forward(self, x):
         """One of the chunks, drawn by their probabilities."""
         log_prob, chunks = self.modes(x)
-        drawn = [self.dice.choice(self.MODES, p=p) for p in log_prob.exp().numpy(force=True)]
+        drawn = [
+            self.dice.choice(self.MODES, p=p) for p in log_prob.exp().numpy(force=True)
+        ]
         return chunks[torch.arange(len(x)), ..., drawn]
 
     def error(self, x, target, valid):
-        """The negative log-likelihood of the target, in units of an action, which is one number for
-        all of a chunk."""
+        """The negative log-likelihood of the target, in units of an action, alike for a chunk."""
         log_prob, chunks = self.modes(x)
         error = self.loss(chunks - target[..., None]).mean(2)  # (B, K, MODES)
         valid = valid[..., None]
@@ -476,8 +487,7 @@ class Continuous(Mixture):
 
 
 class Tokens(nn.Module):
-    """Each number of an action is one of `bins` tokens, as in RT-2 (arXiv:2307.15818), all of a
-    chunk at once."""
+    """Each number of an action is one of `bins` tokens, as in RT-2 (arXiv:2307.15818)."""
 
     def __init__(self, config, size):
         super().__init__()
@@ -486,7 +496,9 @@ class Tokens(nn.Module):
         self.net = head_mlp(config, size, math.prod(shape)).append(nn.Unflatten(1, shape))
 
     def forward(self, x):
-        return (self.net(x).argmax(-1) + 0.5) * (2 / self.bins) - 1  # the middle of the bin
+        return (self.net(x).argmax(-1) + 0.5) * (
+            2 / self.bins
+        ) - 1  # the middle of the bin
 
     def error(self, x, target, valid):
         token = ((target + 1) * (self.bins / 2)).long().clamp(0, self.bins - 1)
@@ -495,8 +507,7 @@ class Tokens(nn.Module):
 
 class Flow(nn.Module):
     """Flow matching, as in pi0 (arXiv:2410.24164): noise is carried to a chunk along a learned
-    velocity field, in a few steps. The noise is always the same, so that an action is a function of
-    what is seen and heard."""
+    velocity field, in a few steps. The noise is always the same: same moment, same action."""
 
     def __init__(self, config, size):
         super().__init__()
@@ -559,17 +570,20 @@ class Policy(nn.Module):
         self.sentence = language
         self.history = [obs, *self.history][: config.frames]
         if config.ensemble or not self.chunks:
-            chunk = self.look(self.history, language)["actions"][0].numpy(force=True)  # (K, A)
+            chunk = self.look(self.history, language)["actions"][0].numpy(
+                force=True
+            )  # (K, A)
             self.chunks.append(chunk[: config.executed])
-        weights = np.exp(-0.01 * np.arange(len(self.chunks)))  # the oldest most: arXiv:2304.13705
+        weights = np.exp(
+            -0.01 * np.arange(len(self.chunks))
+        )  # the oldest most: arXiv:2304.13705
         action = np.average([chunk[0] for chunk in self.chunks], 0, weights)
         self.chunks = [chunk[1:] for chunk in self.chunks if len(chunk) > 1]
         return action.astype(np.float32)
 
     @torch.inference_mode()
     def look(self, history, sentence):
-        """What forward() makes of one moment: of the last observations, newest first, and of a
-        sentence."""
+        """What forward() makes of the last observations, newest first, and of a sentence."""
         return self(self.read_observations(history) | dict(heard=self.hear(sentence)))
 
     def read_observations(self, history):
@@ -581,7 +595,9 @@ class Policy(nn.Module):
         size = config.image_size
         for image in images:
             if image.shape != (size, size, 3) or image.dtype != np.uint8:
-                raise ValueError(f"a picture is ({size}, {size}, 3) uint8, not {image.shape}")
+                raise ValueError(
+                    f"a picture is ({size}, {size}, 3) uint8, not {image.shape}"
+                )
         state = np.concatenate([np.ravel(history[0][key]) for key in config.state_keys])
         if len(state) != config.state_size or not np.isfinite(state).all():
             raise ValueError(f"{config.state_keys} are {config.state_size} finite numbers")
@@ -591,7 +607,10 @@ class Policy(nn.Module):
             state=torch.from_numpy(state).float(),
             sentence=torch.tensor(0),  # the first and only one
         )
-        return {name: tensor[None].to(self.state_mean.device) for name, tensor in moment.items()}
+        return {
+            name: tensor[None].to(self.state_mean.device)
+            for name, tensor in moment.items()
+        }
 
     def hear(self, sentence):
         """What the policy makes of a sentence, a dict, see VLA.encode_text; the baseline: nothing."""
@@ -612,12 +631,13 @@ class Policy(nn.Module):
 
     def save(self, path, **extra):
         """Writes config, weights and `extra` (plain values) to one file that load() opens."""
-        save_file(path, dict(config=asdict(self.config), weights=self.state_dict(), **extra))
+        save_file(
+            path, dict(config=asdict(self.config), weights=self.state_dict(), **extra)
+        )
 
     @staticmethod
     def load(path=None):
-        """The policy (VLA or BC) in a checkpoint of train.py; without a path, out/ckpt.pt or else
-        the one in assets/."""
+        """The policy in a checkpoint; without a path, in out/ckpt.pt or else in assets/ckpt.pt."""
         if path is None:
             path = Path("out/ckpt.pt")
             if not path.exists():
@@ -674,7 +694,9 @@ class VLA(Policy):
             found, looking = self.pointers(heard["queries"][sentence], patches)
             others = torch.cat([others, found], 1)  # (B, 3, C)
             nowhere = looking.new_full((*found.shape[:2], self.vision.patches), DROPPED)
-            attention = nowhere.scatter(2, kept[:, None].expand_as(looking), looking)  # (B, 2, P)
+            attention = nowhere.scatter(
+                2, kept[:, None].expand_as(looking), looking
+            )  # (B, 2, P)
             spots = spatial_softmax(attention, self.vision.side, shift)
             goal = self.goal(torch.cat([spots, state], 1))
             answer |= dict(goal=goal, attention=attention)
@@ -702,12 +724,13 @@ class VLA(Policy):
         """encode_text() of one sentence, which is kept until there is another."""
         if sentence not in self.heard:
             text = tokenize(sentence, self.config)[None].to(self.state_mean.device)
-            self.heard = {sentence: self.encode_text(text, names=text)}  # nothing is shuffled
+            self.heard = {
+                sentence: self.encode_text(text, names=text)
+            }  # nothing is shuffled
         return self.heard[sentence]
 
     def request(self, sentence):
-        """What the policy reads in a sentence: (task, slots); None if it declines it, or was not
-        taught what sentences ask for."""
+        """What the policy reads in a sentence, (task, slots), or None if it declines it."""
         if not (self.intent and self.pointers) or self.understands(sentence) < UNDERSTOOD:
             return None
         heard = self.hear(sentence)

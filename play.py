@@ -30,18 +30,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from eval import play
-from gen_data import (
-    ACTION_NAMES,
-    CONTROL_HZ,
-    GRIPPER_OPEN,
-    LIGHT,
-    WORKSPACE,
-    Env,
-    RayCamera,
-    cast,
-    explain_errors,
-    pick,
-)
+from gen_data import ACTION_NAMES, CONTROL_HZ, GRIPPER_OPEN, LIGHT, WORKSPACE
+from gen_data import Env, RayCamera, cast, explain_errors, pick
 from model import VLA
 
 EXAMPLES = dict(  # what a person might say, offered on the page
@@ -74,11 +64,12 @@ class Room(RayCamera):
         up, level = sin(self.angles[1]), cos(self.angles[1])
         back = np.array([level * cos(azimuth), level * sin(azimuth), up])
         right = np.array([-sin(azimuth), cos(azimuth), 0])
-        self.axes = np.stack([right, np.cross(back, right), back], 1)  # as MuJoCo's cameras have
+        self.axes = np.stack(
+            [right, np.cross(back, right), back], 1
+        )  # as MuJoCo's cameras have
 
     def show(self, env):
-        """Remembers where everything is and what it looks like, for picture(): that may be in another
-        thread than the scene."""
+        """Remembers where everything is and its looks, for picture(), maybe in another thread."""
         self.model = copy.copy(env.model)
         mujoco.mj_copyData(self.shown, self.model, env.data)
         self.shown.cam_xpos[self.id] = self.MIDDLE + self.DISTANCE * self.axes[:, 2]
@@ -137,7 +128,9 @@ def understand(policy, sentence):
     """What the policy reads in a sentence, (task, slots). Raises ValueError if it declines it."""
     request = policy.request(sentence)
     if not request:
-        raise ValueError(f"{sentence!r} does not seem to ask for anything that it was taught")
+        raise ValueError(
+            f"{sentence!r} does not seem to ask for anything that it was taught"
+        )
     return request
 
 
@@ -158,7 +151,9 @@ def film(policy, env, seed, args):
 
     actor = "expert" if args.expert else policy
     result = play(actor, env, seed, options, wording=args.instruction, watch=watch)
-    print(f"scene {seed}, {result['told']!r}: {'done' if result['success'] else 'not done'}")
+    print(
+        f"scene {seed}, {result['told']!r}: {'done' if result['success'] else 'not done'}"
+    )
     return pictures
 
 
@@ -246,7 +241,11 @@ class Stage:
         if geom not in self.env.thing_geom[: self.env.n_blocks]:
             return False
         self.held = self.env.model.geom_bodyid[geom]
-        self.goal = self.env.data.xpos[self.held] + [0, 0, self.HOVER]  # m, where it is drawn to
+        self.goal = self.env.data.xpos[self.held] + [
+            0,
+            0,
+            self.HOVER,
+        ]  # m, where it is drawn to
         self.height = self.goal[2]
         return True
 
@@ -274,7 +273,9 @@ class Stage:
         self.obs, _, terminated, truncated, info = env.step(action)
         if self.busy:
             self.busy = not (terminated or truncated)
-            self.entry[2] = f"{env.steps / CONTROL_HZ:.1f} s{': done' if info['success'] else ''}"
+            self.entry[2] = (
+                f"{env.steps / CONTROL_HZ:.1f} s{': done' if info['success'] else ''}"
+            )
 
     def live(self):
         """Moves the robot in real time, for ever."""
@@ -322,8 +323,7 @@ class Page(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def parse_request(self):
-        """Refuses what another site makes a browser send: a foreign Origin, or a name that leads
-        here by DNS rebinding."""
+        """Refuses what another site makes a browser send: a foreign Origin, or DNS rebinding."""
         if not super().parse_request():
             return False
         host = self.headers.get("Host", "")
@@ -377,7 +377,9 @@ def serve(stage, args):
     try:
         server = ThreadingHTTPServer((args.host, args.port), Page)
     except OSError as error:
-        raise ValueError(f"{args.host}:{args.port}: {error.strerror}; --port 0 takes a free one")
+        raise ValueError(
+            f"{args.host}:{args.port}: {error.strerror}; --port 0 takes a free one"
+        )
     server.stage = stage
     server.names = "localhost", "127.0.0.1", args.host
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -397,20 +399,47 @@ if __name__ == "__main__":
     )
     add = parser.add_argument
     add("--ckpt", help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
-    add("--expert", action="store_true", help="film the expert, told what the policy reads")
+    add(
+        "--expert", action="store_true", help="film the expert, told what the policy reads"
+    )
     add("--instruction", help="what to do (default: the scene's own sentence)")
     add("--seed", default="0", help="a scene, or with --out a comma list (default 0)")
-    add("--randomize", type=float, default=0.0, help="how much the world differs (default 0)")
-    add("--attention", action="store_true", help="show where the policy looks, red and green")
+    add(
+        "--randomize",
+        type=float,
+        default=0.0,
+        help="how much the world differs (default 0)",
+    )
+    add(
+        "--attention",
+        action="store_true",
+        help="show where the policy looks, red and green",
+    )
     add("--out", type=Path, help="write a .gif, or a .png, which is a contact sheet")
-    add("--size", type=int, default=480, help="px, edge of the room's picture (default 480)")
-    add("--port", type=int, default=8000, help="of the page (default 8000); 0 takes a free one")
-    add("--host", default="127.0.0.1", help="of the page (default 127.0.0.1: this machine alone)")
+    add(
+        "--size",
+        type=int,
+        default=480,
+        help="px, edge of the room's picture (default 480)",
+    )
+    add(
+        "--port",
+        type=int,
+        default=8000,
+        help="of the page (default 8000); 0 takes a free one",
+    )
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="of the page (default 127.0.0.1: this machine alone)",
+    )
     add("--no_browser", action="store_true", help="only print the page's address")
     args = parser.parse_args()
     policy = VLA.load(args.ckpt)
     if not policy.config.cameras or args.attention and not policy.pointers:
-        raise ValueError(f"{policy.path} sees no pictures, or has no pointers for --attention")
+        raise ValueError(
+            f"{policy.path} sees no pictures, or has no pointers for --attention"
+        )
     env = Env(policy.config.tasks, policy.config.cameras, randomize=args.randomize)
     seeds = [int(seed) for seed in args.seed.split(",")]
     if not args.out:

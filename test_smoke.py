@@ -37,13 +37,26 @@ import torch.nn.functional as F
 from PIL import Image
 
 import gen_data
-from gen_data import CAMERAS, CHANGED, NAMES, SLOTS, SPLITS, TASKS, TEST_SEED, Env, expert, grammar
+from gen_data import (
+    CAMERAS,
+    CHANGED,
+    NAMES,
+    SLOTS,
+    SPLITS,
+    TASKS,
+    TEST_SEED,
+    Env,
+    expert,
+    grammar,
+)
 from gen_data import is_held_out, make_wording, project, slots_of
 from model import CHOICES, VLA, Config, Mixture, ngrams, split, tokenize
 
 # Code tokens, without comments and docstrings, that each file may have. They only ever go down: what
 # is new pays for itself.
-BUDGET = dict(gen_data=8_000, model=5_500, train=5_200, eval=2_100, play=3_200, test_smoke=7_000)
+BUDGET = dict(
+    gen_data=8_000, model=5_500, train=5_200, eval=2_100, play=3_200, test_smoke=7_000
+)
 LINES = 3_000  # that are not blank, of the five scripts together
 
 TRAIN = "train.py --data demos --device cpu --steps 6 --batch_size 8 --eval_interval 1 --eval_episodes 0"
@@ -66,7 +79,9 @@ def run(command, status=0):
     found, end = {}, 0
     ctrl_c = signal.getsignal(signal.SIGINT)
     with (
-        mock.patch.multiple(sys, argv=[script, *flags], path=["", *sys.path], excepthook=None),
+        mock.patch.multiple(
+            sys, argv=[script, *flags], path=["", *sys.path], excepthook=None
+        ),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
     ):
@@ -130,7 +145,9 @@ def toy(tmp_path_factory):
 
 
 def read_log(folder):
-    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture
@@ -166,7 +183,9 @@ def count_tokens(path):
     count = 0
     with open(path, "rb") as file:
         for kind, *_, line in lexer.tokenize(file.readline):
-            count += lexer.tok_name[kind] not in layout and not line.lstrip().startswith('"""')
+            count += lexer.tok_name[kind] not in layout and not line.lstrip().startswith(
+                '"""'
+            )
     return count
 
 
@@ -199,7 +218,9 @@ def test_culled_picture_equals_full_ray_cast():
             uv, _ = project(env.block_pos, camera.matrix(env.data))
             x, y = (64 * uv).astype(int).clip(0, 63).T
             right.append(camera.geom[y, x] == env.thing_geom[: env.n_blocks])
-            with mock.patch.object(camera, "_pixels_to_cast", lambda data: np.arange(64 * 64)):
+            with mock.patch.object(
+                camera, "_pixels_to_cast", lambda data: np.arange(64 * 64)
+            ):
                 assert np.array_equal(culled, camera.render(env.data))
     assert np.mean(right) > 0.6  # others are outside or hidden
 
@@ -226,7 +247,9 @@ def test_expert_does_what_the_sentence_says_and_nothing_else(task, randomize):
             over |= success
         assert info["success"] and info["touched"] == info.get("block")
         done = []
-        for other in {*TASKS} - {"drawer"} | {task}:  # it may always have been open or shut
+        for other in {*TASKS} - {"drawer"} | {
+            task
+        }:  # it may always have been open or shut
             for slots in slots_of(other, env.words):
                 if TASKS[other].success(env, *env.resolve(slots)):
                     done.append((other, slots))
@@ -356,7 +379,9 @@ def test_data_file(toy):
         env.pixel_noise = 0
         now = env.observe()
         assert env.request == request and env.instruction == about["instruction"]
-        fresh.append(all(np.array_equal(episode[f"obs/{key}"][0], now[key]) for key in now))
+        fresh.append(
+            all(np.array_equal(episode[f"obs/{key}"][0], now[key]) for key in now)
+        )
         assert not fresh[-1] or np.array_equal(episode["actions"][0], expert(env))
     assert 0 < interrupted < 25 and 0.3 < np.mean(fresh) < 0.9
     for path in (toy / "demos").iterdir():
@@ -369,7 +394,9 @@ def test_data_file(toy):
 
 def test_a_killed_recording_carries_on_with_any_number_of_workers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = "gen_data.py --tasks lift,drawer --cameras front --seed 3 --episodes 28 --out"
+    command = (
+        "gen_data.py --tasks lift,drawer --cameras front --seed 3 --episodes 28 --out"
+    )
     before = {}
     with process(f"{command} killed --workers 2") as running:
         while ".h5" not in str(before):
@@ -459,10 +486,16 @@ def test_every_choice_builds_learns_saves_and_acts(choice, moments, tmp_path):
     batch["valid"] = torch.ones(4, config.chunk, dtype=torch.bool)
 
     def loss():
-        return sum(value.clamp_min(-100).square().mean() for value in model(batch).values())
+        return sum(
+            value.clamp_min(-100).square().mean() for value in model(batch).values()
+        )
 
-    fit(model, loss, 3, 1e-3)  # outputs start at zero: not all have a gradient at the first step
-    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    fit(
+        model, loss, 3, 1e-3
+    )  # outputs start at zero: not all have a gradient at the first step
+    assert not [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ]
     model.half().float()  # a checkpoint may round parameters
     model.state_mean.fill_(1e5)  # more than fp16 holds
     model.save(tmp_path / "ckpt.pt", step=3, code="")
@@ -500,7 +533,9 @@ def test_acting_follows_the_config_and_listens():
         settings, expected = row.split(" | ")
         model = VLA(Config(chunk=4, **json.loads(settings)))
         starts = itertools.count(0, 10)
-        model.look = lambda *_: dict(actions=next(starts) + torch.arange(4.0)[None, :, None])
+        model.look = lambda *_: dict(
+            actions=next(starts) + torch.arange(4.0)[None, :, None]
+        )
         acted = [model.predict({}, sentence).item() for sentence in "aaaaab"]
         assert acted == pytest.approx([*map(float, expected.split())], abs=0.01)
 
@@ -530,8 +565,13 @@ def test_one_batch_overfits_by_looking_and_listening(moments):
     loss = lambda: (model(batch)["actions"][:, 0] - actions.flatten(0, 1)).abs().mean()
     error = fit(model, loss, 100, 3e-4)
     for axis in (0, 1):  # who is deaf, who is blind
-        assert error < 0.6 * (actions - actions.median(axis, keepdim=True).values).abs().mean()
-    acted = [model.look([obs], text)["actions"] for text in SENTENCES for obs in observations]
+        assert (
+            error
+            < 0.6 * (actions - actions.median(axis, keepdim=True).values).abs().mean()
+        )
+    acted = [
+        model.look([obs], text)["actions"] for text in SENTENCES for obs in observations
+    ]
     assert torch.allclose(torch.cat(acted), model(batch)["actions"], atol=1e-4)
 
 
@@ -551,7 +591,12 @@ def test_understanding_is_learned():
     model = VLA(Config(intents=dict(lift={}, none={})))
     text = texts(model, asked + nothing)
     truth = torch.tensor([0, 0, 0, 1, 1, 1])
-    fit(model, lambda: F.cross_entropy(model.encode_text(**text)["intent"], truth), 40, 2e-3)
+    fit(
+        model,
+        lambda: F.cross_entropy(model.encode_text(**text)["intent"], truth),
+        40,
+        2e-3,
+    )
     assert min(map(model.understands, [*asked, "lift the redd block"])) > 0.9
     assert max(map(model.understands, nothing)) < 0.1
 
@@ -654,7 +699,9 @@ def test_hindsight_finds_what_the_simulator_knows(toy, here):
     off = np.hstack([demos.goal, 64 * uv]) - np.concatenate(truth)
     assert np.isnan(off[interrupted, 3:6]).all()  # who knows where it would have gone
     for task in TASKS:
-        for part, most in zip(np.split(off[np.equal(tasks, task)], [3, 6], 1), MISSES[task]):
+        for part, most in zip(
+            np.split(off[np.equal(tasks, task)], [3, 6], 1), MISSES[task]
+        ):
             miss = np.linalg.norm(part, axis=1)
             assert np.nanmedian(miss) < most and np.isfinite(miss).mean() > 0.5, task
 
@@ -667,7 +714,8 @@ def test_labels_of_pushes_and_of_pictures_that_move(here):
     way = np.concatenate(np.linspace(corners[:-1], corners[1:], 11, axis=1))
     thing, place, _ = script["hindsight"](way, np.zeros(22), np.ones(22, bool), True)
     assert (
-        np.allclose(thing[[0, -1], 0], [0.15, 0.23], atol=0.03) and (thing[:15] == thing[0]).all()
+        np.allclose(thing[[0, -1], 0], [0.15, 0.23], atol=0.03)
+        and (thing[:15] == thing[0]).all()
     )
     assert np.allclose(place - thing, [0.1, 0, 0], atol=0.03)
 
@@ -678,7 +726,9 @@ def test_labels_of_pushes_and_of_pictures_that_move(here):
     spots = moved[:, 1, :, :, 0].nonzero()[:, 1:]  # y, x
     assert torch.equal(seen[:, 0, 0].flip(1), (spots + 0.5) / 64)
     assert torch.equal(shift * 64, spots - torch.tensor([30, 20])) and shift.any()
-    between = torch.tensor([3 / 8, 3.5 / 8]).expand(1, 2, 1, 2)  # two patches of the fourth row
+    between = torch.tensor([3 / 8, 3.5 / 8]).expand(
+        1, 2, 1, 2
+    )  # two patches of the fourth row
     target = script["attention_target"](between, 8)[0, 1]
     assert target.nonzero()[:, 0].tolist() == [26, 27] and target[26] == target[27] == 0.5
 
@@ -710,11 +760,15 @@ def results(name):
 def test_eval(here, monkeypatch):
     """A row for each policy, control and task; the same scenes again give the same."""
     monkeypatch.setattr(gen_data, "MAX_STEPS", 50)
-    command = "eval.py --ckpt toy/ckpt.pt --tasks lift,drawer --episodes 2 --randomize 1 --out"
+    command = (
+        "eval.py --ckpt toy/ckpt.pt --tasks lift,drawer --episodes 2 --randomize 1 --out"
+    )
     run(f"{command} all.json --policies expert,random,policy --controls")
     run(f"{command} again.json")
     rows, episodes = results("all.json")
-    controls = "expert random none blind blind_shuffled deaf deaf_shuffled swap retarget".split()
+    controls = (
+        "expert random none blind blind_shuffled deaf deaf_shuffled swap retarget".split()
+    )
     assert [row["control"] for row in rows[2::3]] == controls  # two tasks, and all
     assert rows[2]["k"] == rows[2]["n"] == 2 and rows[5]["k"] == 0
     assert rows[2]["low"] == pytest.approx(0.3424, abs=1e-3)  # n / (n + 1.96^2)
@@ -731,7 +785,11 @@ def test_eval(here, monkeypatch):
 def test_eval_in_other_words(here, monkeypatch):
     """Beside the same scenes in their own words, and how much is declined."""
     monkeypatch.setattr(gen_data, "MAX_STEPS", 5)
-    lines = "lift\tgrab the {block} cube", "drawer\tshut the drawer\tclose", "none\tmake tea"
+    lines = (
+        "lift\tgrab the {block} cube",
+        "drawer\tshut the drawer\tclose",
+        "none\tmake tea",
+    )
     Path("mine.tsv").write_text("\n".join(lines))
     run(f"eval.py --ckpt {SHIPPED} --instructions mine.tsv --out a.json")
     rows, episodes = results("a.json")

@@ -6,10 +6,9 @@
     python train.py --recipe classic --out_dir out_c    # the setting of tutorials
     torchrun --standalone --nproc_per_node=2 train.py   # data-parallel; needs the data
 
-Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. Flags
-are explained below, in SETTINGS, and the model's own in model.py, in Config. In order: settings,
-labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser, preparation, the
-loop, score.
+Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. In
+order: settings, labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser,
+preparation, the loop, score.
 """
 
 import argparse
@@ -38,17 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
 from gen_data import PRIVILEGED, TASKS, explain_errors, project
-from model import (
-    CHOICES,
-    DROPPED,
-    POINTERS,
-    POLICIES,
-    Config,
-    code_version,
-    load_file,
-    split,
-    tokenize,
-)
+from model import CHOICES, DROPPED, POINTERS, POLICIES, Config
+from model import code_version, load_file, split, tokenize
 
 explain_errors()
 
@@ -105,12 +95,16 @@ own = [field for field in dataclasses.fields(Config) if field.type in (int, str)
 own = {field.name: field.default for field in own if not field.name.endswith("_size")}
 choices = CHOICES | dict(recipe=RECIPES, optimizer=("muon", "adamw"))
 # --help says what the comments beside the settings say.
-comments = dict(re.findall(r"^    (\w+)=.*?  # (.*)", Path(__file__).read_text("utf-8"), re.M))
+comments = dict(
+    re.findall(r"^    (\w+)=.*?  # (.*)", Path(__file__).read_text("utf-8"), re.M)
+)
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
-parser.add_argument("--overwrite", action="store_true", help="replace what is in --out_dir")
+parser.add_argument(
+    "--overwrite", action="store_true", help="replace what is in --out_dir"
+)
 for name, default in (SETTINGS | own).items():
     parser.add_argument(
         f"--{name}",
@@ -127,7 +121,9 @@ saved = load_file(Path(said.resume, "resume.pt")) if said.resume else dict(setti
 parser.set_defaults(**saved["settings"])
 args = parser.parse_args()
 out_dir = Path(args.resume or args.out_dir)
-config = Config(**{name: getattr(args, name) for name in own})  # what follows from data comes later
+config = Config(
+    **{name: getattr(args, name) for name in own}
+)  # what follows from data comes later
 
 RANK = int(os.environ.get("RANK", 0))  # which process, of torchrun's
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -135,14 +131,15 @@ fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
 device = args.device or str(fastest)
 bf16 = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
-torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")  # order of sums
+torch.set_deterministic_debug_mode(
+    "warn" if device == "cpu" else "default"
+)  # order of sums
 torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
 # The momentum of a unit that died becomes denormal; Intel's cores take 100 times as long with it.
 torch.set_flush_denormal(True)
 
 # ---------------------------------------------------------------------- labels in hindsight
-# How far the gripper is open, as a share of its widest, with a thing in it: above EMPTY, below
-# FULL.
+# How far the gripper is open with a thing in it, as a share of its widest: from EMPTY to FULL.
 EMPTY, FULL = 0.1, 0.65
 UNDER = 0.04  # m from a hand that lets go down to what lies below the thing: a pad 3, a block 5 cm
 PUSHED = 0.08  # m that a push moves a thing, at the least
@@ -226,8 +223,12 @@ def shifted(images, uv, most):
     2), x and y; and by how much they are shifted, (B, 2), y and x, as a share of the picture."""
     size = images.shape[2]
     move = torch.randint(-most, most + 1, (len(images), 2))  # px, y and x
-    origin = (torch.arange(size) - move[..., None]).clamp(0, size - 1)  # of rows, of columns
-    images = [views[:, rows][:, :, columns] for views, (rows, columns) in zip(images, origin)]
+    origin = (torch.arange(size) - move[..., None]).clamp(
+        0, size - 1
+    )  # of rows, of columns
+    images = [
+        views[:, rows][:, :, columns] for views, (rows, columns) in zip(images, origin)
+    ]
     shift = move / size
     return torch.stack(images), uv + shift.flip(1)[:, None, None], shift
 
@@ -236,7 +237,9 @@ def attention_target(uv, side):
     """Where things are seen, (B, 2, V', 2), x and y, inside the picture 0..1, nan: unknown, to how
     much attention each patch of these views should have, (B, 2, V' * side * side): that of bilinear
     interpolation, so that the mean place is the thing's."""
-    away = (uv[..., None] * side - 0.5 - torch.arange(side)).abs()  # patches, (B, 2, V', 2, side)
+    away = (
+        uv[..., None] * side - 0.5 - torch.arange(side)
+    ).abs()  # patches, (B, 2, V', 2, side)
     x, y = (1 - away).clamp_min(0).nan_to_num().unbind(3)
     return (y[..., None] * x[..., None, :]).flatten(2)
 
@@ -254,11 +257,15 @@ class Sentences:
         for intent, slots in requests:
             slots = json.loads(slots)
             # Words that are no part of the intent are names.
-            names = {slot: word for slot, word in slots.items() if word not in intent.split()}
+            names = {
+                slot: word for slot, word in slots.items() if word not in intent.split()
+            }
             self.requests.append((intent, names))
             self.intents[intent] = slots | dict.fromkeys(names)
         self.intents["none"] = {}
-        self.names = sorted({name for _, names in self.requests for name in names.values()})
+        self.names = sorted(
+            {name for _, names in self.requests for name in names.values()}
+        )
 
     def draw(self, requests, rng):
         """For each of these requests (U,) and NONE more what word() gives, stacked."""
@@ -316,8 +323,7 @@ class Demonstrations:
     world frame, where thing and place are; uv (N, 2, V', 2), where those are in each camera's
     picture, x and y, inside it 0..1; nan: unknown. episode (N,): the number of its episode, in which
     these are listed: start, end: its rows; request: index in sentences.requests. train, valid: rows
-    to learn from, and those of held-out scenes, one in twenty.
-    """
+    to learn from, and those of held-out scenes, one in twenty."""
 
     def __init__(self, paths):
         self.pictures = []
@@ -333,7 +339,9 @@ class Demonstrations:
                         wordings.setdefault(intent, []).extend(sentences.asstr()[:])
             except (KeyError, ValueError, OSError) as error:
                 raise ValueError(f"{path}: {error}") from None
-        known = bool(wordings)  # else each sentence stands for itself, and there are no intents
+        known = bool(
+            wordings
+        )  # else each sentence stands for itself, and there are no intents
         for episode in episodes:
             wordings.setdefault(episode["intent"], [episode["instruction"]])
         asked = [(episode["intent"], episode["slots"]) for episode in episodes]
@@ -353,7 +361,9 @@ class Demonstrations:
         self.episode = torch.arange(len(episodes)).repeat_interleave(lengths)
         self.end = lengths.cumsum(0)
         self.start = self.end - lengths
-        _, scene = np.unique([episode["scene_seed"] for episode in episodes], return_inverse=True)
+        _, scene = np.unique(
+            [episode["scene_seed"] for episode in episodes], return_inverse=True
+        )
         held_out = (scene % 20 == 0)[self.episode]
         self.train, self.valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         self.goal_mean, self.goal_std = self.spread(self.goal)
@@ -363,10 +373,14 @@ class Demonstrations:
         The first one says what there is in all."""
         if not self.state_keys:
             keys = list(episode["observations"])
-            pictures = [key.removesuffix("_image") for key in keys if key.endswith("_image")]
+            pictures = [
+                key.removesuffix("_image") for key in keys if key.endswith("_image")
+            ]
             self.cameras = tuple(args.cameras.split(",") if args.cameras else pictures)
             self.image_size = episode[f"observations/{self.cameras[0]}_image"].shape[1]
-            hidden = () if config.model == "bc" else PRIVILEGED  # bc is told where things are
+            hidden = (
+                () if config.model == "bc" else PRIVILEGED
+            )  # bc is told where things are
             numbers = [key for key in keys if not key.endswith("_image")]
             self.state_keys = tuple(key for key in numbers if key not in hidden)
         T = len(episode["actions"])
@@ -390,7 +404,9 @@ class Demonstrations:
             state=np.hstack([read(f"observations/{key}") for key in self.state_keys]),
             hand=read("observations/ee_pos"),
             opening=read("observations/gripper")[:, 0],
-            matrices={name: read(f"cameras/{name}") for name in episode.get("cameras", ())},
+            matrices={
+                name: read(f"cameras/{name}") for name in episode.get("cameras", ())
+            },
         )
 
     def label(self, episode, opening):
@@ -417,7 +433,9 @@ class Demonstrations:
         history = rows[:, None] - torch.arange(config.frames)
         history = history.maximum(self.start[self.episode[rows], None])
         moments = [self.pictures[row] for row in history.flatten()]
-        raw = bytearray().join(zlib.decompress(view) for moment in moments for view in moment)
+        raw = bytearray().join(
+            zlib.decompress(view) for moment in moments for view in moment
+        )
         shape = len(rows), -1, self.image_size, self.image_size, 3
         return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape))
 
@@ -468,9 +486,13 @@ def compute_losses(net, batch):
         terms["goal"] = error / known.sum().clamp_min(1)
     if "attention" in found and config.vision != "cnn":
         spot = batch["spot"]
-        attention = found["attention"].float()[..., : spot.shape[2]]  # of the newest pictures
+        attention = found["attention"].float()[
+            ..., : spot.shape[2]
+        ]  # of the newest pictures
         spot = spot * (attention > DROPPED / 2)  # which bf16 rounds
-        terms["attention"] = -((attention * spot).sum(2) / spot.sum(2).clamp_min(1e-6)).mean()
+        terms["attention"] = -(
+            (attention * spot).sum(2) / spot.sum(2).clamp_min(1e-6)
+        ).mean()
     if "intent" in found:
         terms["intent"] = F.cross_entropy(found["intent"].float(), batch["intent"])
     if "reading" in found:
@@ -484,8 +506,7 @@ def compute_losses(net, batch):
 def orthogonalize(matrix):
     """The nearest orthogonal matrix, nearly, by five steps of a Newton-Schulz iteration whose
     coefficients bring all singular values close to 1 (Keller Jordan, github.com/KellerJordan/Muon),
-    in the type that is fast here: torch.optim.Muon computes in bf16, 1.2 s a step on a CPU without
-    bf16 units."""
+    in the type that is fast here: torch.optim.Muon's bf16 takes 1.2 s a step without bf16 units."""
     tall = len(matrix) > len(matrix.T)  # its transpose has the smaller x @ x.T
     x = matrix.T if tall else matrix
     x = (x / (x.norm() + 1e-7)).to(torch.bfloat16 if bf16 else torch.float32)
@@ -496,11 +517,8 @@ def orthogonalize(matrix):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised.
-
-    Without weight decay (arXiv:2502.16982) the matrices grow at every step: after 11,000 steps
-    logits of attention were in the thousands, where bf16 is exact to 16, and the pointers got
-    lost."""
+    """Momentum, orthogonalised. Without weight decay (arXiv:2502.16982) the matrices grow at every
+    step: after 11,000 steps attention's logits were in the thousands, where bf16 is exact to 16."""
 
     MOMENTUM = 0.95
     DECAY = 0.1
@@ -589,7 +607,9 @@ optimizers = make_optimizers(model)
 first_step, history = 0, []  # lines of the log
 if args.resume:
     if saved["config"] != dataclasses.asdict(complete):
-        raise ValueError(f"{resume_pt} is of another configuration or of other demonstrations")
+        raise ValueError(
+            f"{resume_pt} is of another configuration or of other demonstrations"
+        )
     model.load_state_dict(saved["weights"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
@@ -610,7 +630,7 @@ def heard_stop():
     heard = torch.tensor(len(stopping), device=device)
     if RANKS > 1:
         dist.all_reduce(heard)
-    return heard.item() > 0
+    return bool(heard)
 
 
 @torch.no_grad()
@@ -637,7 +657,9 @@ for kind in (signal.SIGINT, signal.SIGTERM):
 weights = dict(action=1.0, goal=args.goal_weight)
 weights["intent"] = weights["names"] = args.language_weight
 for step in range(first_step, args.steps):
-    rng = np.random.default_rng([args.seed, step])  # a batch is a function of seed and step
+    rng = np.random.default_rng(
+        [args.seed, step]
+    )  # a batch is a function of seed and step
     torch.manual_seed(1_000_000 * args.seed + step + 10**12 * RANK)
     rows = rng.choice(demos.train, args.batch_size)
     batch = demos.batch(rows[RANK::RANKS], rng, augment=True)
@@ -668,7 +690,9 @@ for step in range(first_step, args.steps):
         shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
         print(f"step {done:5d}  {shown}  {(time.time() - start) / 60:.1f} min", flush=True)
     if stop and not last:
-        print(f"stopped after {done} steps; --resume {out_dir} carries on", file=sys.stderr)
+        print(
+            f"stopped after {done} steps; --resume {out_dir} carries on", file=sys.stderr
+        )
         sys.exit(130)
 if RANKS > 1:
     dist.destroy_process_group()

@@ -49,7 +49,9 @@ def draw_pass(args, policy, env):
     figure = Figure(figsize=(14, 7), layout="constrained")
     # The big one over both rows on the left; on the right, what is read above what is done.
     seen, read, done = figure.subplot_mosaic("sr;sd").values()
-    seen.set_title("where its pointers look, red and green, and the path it plans for the hand")
+    seen.set_title(
+        "where its pointers look, red and green, and the path it plans for the hand"
+    )
     seen.imshow(sheet_of(room.picture(), views_of(obs, policy, sentence), sentence))
     seen.plot(*route.T, ".-")
     seen.axis("off")
@@ -58,7 +60,9 @@ def draw_pass(args, policy, env):
     read.imshow(reading[:, : len(words)], aspect="auto", vmin=0, vmax=1)
     read.set_xticks(range(len(words)), words, rotation=45)
     read.set_yticks(range(len(POINTERS)), POINTERS)
-    done.set_title(f"{len(actions)} actions, of which {policy.config.executed} are executed")
+    done.set_title(
+        f"{len(actions)} actions, of which {policy.config.executed} are executed"
+    )
     done.plot(actions, ".-", label=ACTION_NAMES)
     done.legend()
     figure.savefig(args.out)
@@ -89,7 +93,9 @@ def count_attention(args, policy, env):
     for seed in range(args.seed, args.seed + args.episodes):
         play(policy, env, seed, watch=watch)
     for what, hits in counts.items():
-        print(f"{what} in {sum(hits)}/{len(hits)} = {100 * np.mean(hits):.1f}% of control steps")
+        print(
+            f"{what} in {sum(hits)}/{len(hits)} = {100 * np.mean(hits):.1f}% of control steps"
+        )
 
 
 def duration(call):
@@ -124,7 +130,10 @@ def show_demonstration(args):
             text = episode.attrs["instruction"]
             if episode.attrs.get("interrupted"):
                 text += " (interrupted)"
-    except (KeyError, OSError) as error:  # there is no such file or episode, or it is cut short
+    except (
+        KeyError,
+        OSError,
+    ) as error:  # there is no such file or episode, or it is cut short
         raise ValueError(f"{args.data}: {error}") from None
     views = np.concatenate(pictures, 1)  # (T, V H, W, 3): of a moment, one above the other
     scale = SIZE // views.shape[2]
@@ -157,5 +166,9 @@ if __name__ == "__main__":
     else:
         policy = VLA.load(args.ckpt)
         if not getattr(policy, "pointers", None) or policy.config.text != "word":
-            raise ValueError(f"{policy.path} has no pointers from words to pictures to look at")
-        commands[args.command](args, policy, Env(policy.config.tasks, policy.config.cameras))
+            raise ValueError(
+                f"{policy.path} has no pointers from words to pictures to look at"
+            )
+        commands[args.command](
+            args, policy, Env(policy.config.tasks, policy.config.cameras)
+        )

@@ -35,7 +35,9 @@ import warnings
 INSTALLED = importlib.util.find_spec("metaworld")
 if INSTALLED and sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # of Mesa's drawing: every core has a process
+    os.environ.setdefault(
+        "LP_NUM_THREADS", "1"
+    )  # of Mesa's drawing: every core has a process
 
 import h5py
 import numpy as np
@@ -54,7 +56,9 @@ from model import Policy
 from play import save
 
 if INSTALLED:
-    warnings.filterwarnings("ignore", module="metaworld")  # its experts ask for more than 1
+    warnings.filterwarnings(
+        "ignore", module="metaworld"
+    )  # its experts ask for more than 1
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS as ENVIRONMENTS
     from metaworld.policies import ENV_POLICY_MAP as EXPERTS
 
@@ -87,7 +91,9 @@ STEPS = 500  # control steps, at most
 # the demonstration goes on for this many steps at full speed; slower steps count for less.
 AFTER = 10
 CREEP = 0.15  # of full speed: what a step counts for at least
-REPORT = 1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
+REPORT = (
+    1_000_000  # seed of the first scene to report on; demonstrations are of those from 0
+)
 
 
 class Scene:
@@ -101,7 +107,9 @@ class Scene:
         # that, metaworld.MT1, makes fifty scenes first.
         env.seeded_rand_vec, env._freeze_rand_vec, env._set_task_called = True, False, True
         env._partially_observable = False
-        vars(env).pop("sawyer_observation_space", None)  # it was cached with the goal hidden
+        vars(env).pop(
+            "sawyer_observation_space", None
+        )  # it was cached with the goal hidden
         # No antialiasing and no shadows: OpenGL in software is slow.
         env.model.vis.quality.offsamples = 0
         env.model.camera("corner2").pos = CORNER2
@@ -123,7 +131,9 @@ class Scene:
         self.env.seed(seed)
         self.seen, _ = self.env.reset()
         self.expert = self.make_expert()
-        mujoco.mj_forward(self.env.model, self.env.data)  # else the goal is drawn where it was
+        mujoco.mj_forward(
+            self.env.model, self.env.data
+        )  # else the goal is drawn where it was
 
     def ask_expert(self, mistake=0):
         """The scripted policy's action (4,), as step() takes it. A mistake (35,) is added to all that
@@ -179,7 +189,9 @@ def demonstrate(scene, seed, look):
     frames, done, more = [], False, AFTER
     while more > 0 and len(frames) < STEPS:
         action = scene.ask_expert()
-        frame = {f"observations/{key}": value for key, value in scene.observe(look).items()}
+        frame = {
+            f"observations/{key}": value for key, value in scene.observe(look).items()
+        }
         for name in CAMERAS:
             frame[f"cameras/{name}"] = scene.matrix(name).astype(np.float32)
         frames.append(frame | dict(actions=action))
@@ -203,7 +215,9 @@ def record_task(job):
             return file.attrs["total"]
     scene, total = Scene(task, args.size), 0
     (official,) = TASKS[task]["official"]
-    about = dict(instruction=official, task=task, intent=task, slots="{}", interrupted=False)
+    about = dict(
+        instruction=official, task=task, intent=task, slots="{}", interrupted=False
+    )
     with h5py.File(part, "w") as file:
         for seed in range(2 * args.demos):  # experts may fail, after mistakes above all
             # Drawing takes most of the time, and failures are long: first without.
@@ -226,7 +240,9 @@ def record_task(job):
 def record(args):
     args.out.mkdir(parents=True, exist_ok=True)
     total = sum(map_jobs(record_task, [(task, args) for task in args.tasks], args.workers))
-    print(f"{args.out}: {total} demonstrations, of {args.demos * len(args.tasks)} asked for")
+    print(
+        f"{args.out}: {total} demonstrations, of {args.demos * len(args.tasks)} asked for"
+    )
 
 
 # ------------------------------------------------------------------------------------- scoring
@@ -295,7 +311,9 @@ def task_names(text):
     for name in names:
         if name not in TASKS:
             known = ", ".join(TASKS)
-            raise argparse.ArgumentTypeError(f"{name!r} is not mt10, mt50 or one of {known}")
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is not mt10, mt50 or one of {known}"
+            )
     return list(dict.fromkeys(names))
 
 
