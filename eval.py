@@ -28,17 +28,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gen_data import ACTION_NAMES, HELD_OUT, NAMES, SPLITS, SUCCESS_STEPS, TASKS, TEST_SEED
+from gen_data import (
+    ACTION_NAMES,
+    HELD_OUT,
+    NAMES,
+    SPLITS,
+    SUCCESS_STEPS,
+    TASKS,
+    TEST_SEED,
+)
 from gen_data import Env, choose, expert, explain_errors, make_instruction, pick
 from model import UNDERSTOOD, VLA, code_version
 
 CONTROLS = ("blind", "blind_shuffled", "deaf", "deaf_shuffled", "swap", "retarget")
-COUNTS = (
-    "original_success",
-    "declined",
-    "wrong_first",
-    "untouched",
-)  # of episodes, in a row
+# of episodes, in a row
+COUNTS = ("original_success", "declined", "wrong_first", "untouched")
 
 
 # ----------------------------------------------------------------------------------- playing
@@ -83,12 +87,11 @@ def play(
     if learned:
         policy.reset(seed)
     rng = np.random.default_rng([seed, 2])
-    if control.endswith(
-        "shuffled"
-    ):  # tasks take turns with the seeds: it has the same task
+    # tasks take turns with the seeds: it has the same task
+    if control.endswith("shuffled"):
         other_obs, other_info = env.reset(seed + len(env.tasks), options)
     obs, info = env.reset(seed, options)
-    task, meaning = env.task, env.meaning  # of the scene's own request, whatever is told
+    task, meaning = env.task, env.meaning  # the scene's own, whatever is told
     told = info["instruction"]
     pictures = [key for key in obs if key.endswith("_image")]
     shown = {}  # pictures in place of what the cameras see
@@ -105,9 +108,7 @@ def play(
     elif control == "swap":
         told, obs = tell_another(env, rng)
     switch = rng.integers(5, 40) if control == "retarget" else None  # control step
-    original_steps = (
-        0  # in a row, in which the scene's own request is fulfilled: of swap alone
-    )
+    original_steps = 0  # in a row, with the scene's own request fulfilled, under swap
     while True:
         watch(obs)
         action = action_of(policy, env, obs | shown, told, rng)
@@ -247,7 +248,7 @@ if __name__ == "__main__":
         "--set",
         nargs="*",
         default=[],
-        help="changes of its Config: execute=2 flow_steps=8",
+        help="changes to its Config: execute=2 flow_steps=8",
     )
     add("--policies", default="policy", help="comma list of expert, random, policy")
     add(
@@ -265,10 +266,10 @@ if __name__ == "__main__":
         "--seed",
         type=int,
         default=TEST_SEED,
-        help="of the first scene; below 1,000,000: choosing",
+        help="of the first scene; below 1,000,000: for choosing",
     )
     add("--tasks", help="all, or a comma list (default: what the checkpoint learned)")
-    add("--split", default="seen", choices=SPLITS, help="what of the scenes is unseen")
+    add("--split", default="seen", choices=SPLITS, help="what is held out; seen: nothing")
     add(
         "--randomize",
         type=float,
@@ -337,7 +338,7 @@ if __name__ == "__main__":
             f"{percent(k, len(nothing))} of the sentences that ask for nothing are declined"
         )
     if args.out:
-        args.out.parent.mkdir(exist_ok=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(
             dict(rows=rows, episodes=episodes, code=code_version()), indent=1
         )

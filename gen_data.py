@@ -8,7 +8,7 @@ blocks, coloured pads and a drawer; a sentence says what to do with which of the
 no OpenGL: pixels come from MuJoCo's ray caster. Importing this file does no work.
 
 World frame: origin at the arm's base on the table top, x away from the robot, y to its left, z up;
-metres. In order: numbers, sentences, scene, camera, environment, expert, demonstrations, data file.
+metres. In order: numbers, sentences, scene, camera, environment, tasks, expert, demonstrations, file.
 """
 
 import argparse
@@ -57,13 +57,15 @@ N_PADS = 2
 AREA = np.array([[0.36, -0.15], [0.64, 0.22]])  # m, where things are put (x, y)
 DRAWER = 0.13  # m, travel of the drawer
 HANDLE = np.array([0.437, -0.275, 0.064])  # m, its handle when it is shut
-LEFT, FORWARD = np.array([0, 1]), np.array([1, 0])  # (x, y), as the robot sees them
+LEFT = np.array([0, 1])  # x, y, as the robot sees it
+FORWARD = np.array([1, 0])
 DIRECTIONS = dict(left=LEFT, right=-LEFT, forward=FORWARD, back=-FORWARD)
 
 HOME = np.array([0, -0.2, 0, -2.2, 0, 2.0, 0.785])  # rad, start and rest of the IK
 DAMPING = 1e-4 * np.eye(6)  # m² and rad², of the IK
 POINTING_DOWN = np.diag([1.0, -1, -1])  # the hand's axes in the world
 GRIPPER_OPEN = 0.035  # m, travel of each finger
+SHUT = 0.012  # m between the fingers: less, and nothing is in the hand
 LEASH = 0.04  # m, how far the commanded hand may run ahead of the real one
 WORKSPACE = np.array([[0.28, -0.32, 0.004], [0.72, 0.32, 0.35]])  # m, box for the hand
 LIGHT = np.array([0.35, -0.45, 0.82])  # direction towards the light, world frame
@@ -120,8 +122,8 @@ def is_held_out(task, slots):
 def slots_of(task, words):
     """Every way to fill the task's slots from `words`, a dict of words for each kind of slot."""
     names = TASKS[task].slots
-    combinations = itertools.product(*[words[name] for name in names])
-    return [dict(zip(names, combination)) for combination in combinations]
+    choice = [words[name] for name in names]
+    return [dict(zip(names, combination)) for combination in itertools.product(*choice)]
 
 
 def intent(task, slots):
@@ -179,9 +181,8 @@ def draw_wordings(tasks, rng, count):
     times as many sentences that ask for nothing, and some for other tasks."""
     found = dict(none=[make_wording("none", {}, rng) for _ in range(3 * count)])
     for task in TASKS:
-        for slots in slots_of(
-            task, SLOTS | dict.fromkeys(NAMES, [""])
-        ):  # names are left open
+        # names are left open
+        for slots in slots_of(task, SLOTS | dict.fromkeys(NAMES, [""])):
             wordings = [make_wording(task, slots, rng) for _ in range(count)]
             if task in tasks:
                 found[intent(task, slots)] = wordings
@@ -331,10 +332,8 @@ class RayCamera:
         self.model = model
         self.size = size  # px
         self.id = model.camera(name).id
-        y, x = (
-            np.mgrid[:size, :size].reshape(2, -1) + 0.5
-        ) / size  # middles of pixels, 0..1
-        self.grid = np.stack([x, y, np.ones(size**2)], 1)
+        y, x = (np.mgrid[:size, :size].reshape(2, -1) + 0.5) / size
+        self.grid = np.stack([x, y, np.ones(size**2)], 1)  # middles of pixels, 0..1
 
     def matrix(self, data):
         """Its camera matrix (3, 4), see project()."""
@@ -369,10 +368,8 @@ class RayCamera:
 
     def _pixels_to_cast(self, data):
         """Indices (n,) of the pixels in the rectangle of some geom that is not the table."""
-        boxes = self.model.geom_aabb[1:].reshape(
-            -1, 2, 1, 3
-        )  # middle and half size, geom frame
-        corners = boxes[:, 0] + self.CORNERS * boxes[:, 1]  # (geoms, 8, 3)
+        boxes = self.model.geom_aabb[1:].reshape(-1, 2, 1, 3)
+        corners = boxes[:, 0] + self.CORNERS * boxes[:, 1]  # (geoms, 8, 3), geom frame
         turn = data.geom_xmat[1:].reshape(-1, 3, 3)  # geoms to world
         corners = corners @ turn.swapaxes(1, 2) + data.geom_xpos[1:, None]
         uv, depth = project(corners, self.matrix(data))
@@ -411,8 +408,8 @@ class Env:
     between the fingertips; ee_vel (3,) m/s; gripper (1,) m between the fingers; object_pos and
     target_pos (3,) m: the instructed thing and where it should go, which give the answer away. All
     but images float32. Action: (4,) [dx, dy, dz, gripper] in [-1, 1]; 1 is 3 cm a step; gripper > 0
-    opens, otherwise it closes. Between any policy and the servos stand the clip of the action, the
-    WORKSPACE and JOINT_MARGIN. info["force"] is the largest contact force on a block so far, N.
+    opens, otherwise it closes. Between any policy and the servos stand the clip of the action,
+    WORKSPACE, LEASH and JOINT_MARGIN. info["force"] is the largest contact force on a block so far, N.
 
     Things are numbered: blocks, then pads, then the drawer's handle. `command` and `q_command` are
     where hand and joints are to be, `ee_pos` and `data` where they are; `ik_data` is scratch. qpos
@@ -497,9 +494,8 @@ class Env:
         mujoco.mj_setConst(m, self.ik_data)  # what follows from the masses
         self.pixel_noise = abs(differ(8.0))  # standard deviation, of 255
         self.pixel_rng = np.random.default_rng([self.seed, 8])
-        self.late = (
-            rng.random() < 0.5 * self.randomize
-        )  # actions arrive one control step late
+        # actions arrive one control step late
+        self.late = rng.random() < 0.5 * self.randomize
 
     def _new_scene(self, rng):
         m, d, n = self.model, self.data, self.n_blocks
@@ -520,10 +516,9 @@ class Env:
         pose[:, 3] = np.cos(yaw / 2)
         pose[:, 6] = np.sin(yaw / 2)
         m.body_pos[m.geom_bodyid[self.thing_geom[n:-1]], :2] = spots[n:]
-        d.qpos[-1] = DRAWER * np.clip(
-            rng.uniform(-0.4, 1.4), 0, 1
-        )  # often shut or wide open
-        self.command = rng.uniform((0.38, -0.2, 0.14), (0.6, 0.2, 0.26))  # m, for the hand
+        # often shut or wide open
+        d.qpos[-1] = DRAWER * np.clip(rng.uniform(-0.4, 1.4), 0, 1)
+        self.command = rng.uniform((0.38, -0.2, 0.14), (0.6, 0.2, 0.26))  # m
         self.q_command = HOME  # rad, for the joints
         for _ in range(20):
             self._solve_ik(self.command)
@@ -531,9 +526,8 @@ class Env:
         d.qpos[7:9] = d.ctrl[7] = GRIPPER_OPEN
         self.ee_vel = np.zeros(3)  # m/s
         self.force = 0.0  # N, the largest so far
-        self.delayed = np.eye(len(ACTION_NAMES))[
-            -1
-        ]  # the action on its way, if late: open, stay
+        # the action on its way, if late: open, stay
+        self.delayed = np.eye(len(ACTION_NAMES))[-1]
 
     def _free_spots(self, rng):
         """Places (n_blocks + N_PADS, 2) m, 10 cm apart at least."""
@@ -570,9 +564,7 @@ class Env:
         """What is to be done from now on, and the sentence for it; restarts the clock. Raises
         ValueError if it names what is not there."""
         self.meaning = self.resolve(request[1])  # ValueError before anything changes
-        first = [*request[1]][
-            0
-        ]  # slot; what is to be moved is what that names, or the handle
+        first, *_ = request[1]  # the thing is what this slot names, else the handle
         self.thing = self.meaning[0] if first in NAMES else self.handle
         self.request = request
         self.task, self.slots = request
@@ -616,7 +608,13 @@ class Env:
         self.done_steps = self.done_steps + 1 if done else 0
         info = self.info()
         over = info["success"] or info["diverged"]
-        return self.observe(), float(info["success"]), over, self.steps >= MAX_STEPS, info
+        return (
+            self.observe(),
+            float(info["success"]),
+            over,
+            self.steps >= MAX_STEPS,
+            info,
+        )
 
     def _solve_ik(self, target):
         """One damped least-squares step of the commanded joints towards the hand at `target`,
@@ -692,26 +690,175 @@ class Env:
             object_pos=self.thing_pos[self.thing],
             target_pos=TASKS[self.task].target(self, *self.meaning),
         )
-        return obs | {name: np.array(value, np.float32) for name, value in numbers.items()}
+        return obs | {
+            name: np.array(value, np.float32) for name, value in numbers.items()
+        }
 
 
-# ------------------------------------------------------------------------ the expert's movements
-TRAVEL = 0.115  # m, height of the hand when moving sideways
-GRASP_HEIGHT = 0.009  # m, of the fingertips' middle over the middle of a thing
-SHUT = 0.012  # m between the fingers: less, and nothing is in the hand
-WIDE = 0.055  # m between the fingers: room for a block
-CLEAR = 0.165  # m, height to which it rises after letting go: 10 cm above a stacked block
-ROOM = 0.075  # m between things, so that the fingers have room to open
-
-
+# ---------------------------------------------------------------------------------- the tasks
 def expert(env):
-    """The scripted expert's action (4,) float32: a memoryless function of the privileged state.
-    Each Task draws the table of its phases; these movements are what they are made of."""
+    """The scripted expert's action (4,) float32: a memoryless function of the privileged state."""
     task = TASKS[env.task]
     wanted = env.thing if task.holds else None
     if env.held not in (None, wanted):
         return put_away(env)
     return task.expert(env, *env.meaning)
+
+
+class Task:
+    """One kind of request. Its methods get the scene and the meaning of its slots in turn
+    (Env.resolve): the numbers of things, a unit vector for a direction, True for open.
+
+    slots: names from SLOTS. Its sentences are the rule of its name in assets/grammar.txt.
+    possible(env, ..): can it be asked for now? target(env, ..): where the thing should go (3,) m.
+    success(env, ..): is it done, this instant? The slots among NAMES are what a policy's pointers
+    look for, in order: the thing, and its place."""
+
+    holds = True  # whether the thing is to be in the hand; else the hand is emptied first
+    THERE = 0.0  # m sideways from the target, where the expert lets go
+    NEAR = 0.02  # m sideways, where it lowers the thing all the way
+
+    def expert(self, env, *meaning):
+        """An action (4,), with an empty hand or with the thing in it:
+
+        | what the expert sees                      | what it does                        |
+        | the thing at its target                   | lets go                             |
+        | the thing between the fingers             | carries it to its target            |
+        | anything else                             | grasps the thing                    |"""
+        goal = self.target(env, *meaning)
+        x, y, z = goal - env.thing_pos[env.thing]
+        calm = env.held is None or np.linalg.norm(env.ee_vel) < 0.1  # not while it swings
+        if np.hypot(x, y) < self.THERE and abs(z) < 0.004 and calm:
+            return let_go(env)
+        if env.held is None:
+            return grasp(env)
+        return carry(env, goal, funnel([x, y], self.NEAR))
+
+
+class PickPlace(Task):
+    slots = ("block", "pad")
+    WITHIN = 0.03  # m sideways, of success
+    THERE = 0.022
+
+    def possible(self, env, block, pad):
+        return (
+            graspable(env, block)
+            and distance(env.block_pos, env.thing_pos[pad]).min() >= 0.07
+        )
+
+    def target(self, env, block, pad):
+        return env.thing_pos[pad] + [0, 0, HALF]
+
+    def success(self, env, block, place):
+        """Lies or stands still on its place, released, and the hand has withdrawn upwards."""
+        at = env.block_pos[block]
+        x, y, z = at - self.target(env, block, place)
+        there = np.hypot(x, y) < self.WITHIN and abs(z) < 0.006
+        still = np.abs(env.data.qvel[9:-1].reshape(-1, 6)[block, :3]).max() < 0.02
+        released = env.held != block and env.opening > WIDE
+        return there and still and released and env.ee_pos[2] > at[2] + 0.06
+
+
+class Stack(PickPlace):
+    """The same with a block in place of the pad, more exactly."""
+
+    slots = ("block", "lower")
+    WITHIN, THERE, NEAR = 0.022, 0.016, 0.015  # m
+
+    def possible(self, env, block, lower):
+        free = block != lower and graspable(env, block) and graspable(env, lower)
+        return free and env.held != lower and not env.is_high()[lower]
+
+    def target(self, env, block, lower):
+        return env.block_pos[lower] + [0, 0, 2 * HALF]
+
+
+class Lift(Task):
+    slots = ("block",)
+    HEIGHT = 0.12  # m, of its middle; the block is then 10 cm above the table
+
+    def possible(self, env, block):
+        return graspable(env, block) and env.block_pos[block, 2] < self.HEIGHT
+
+    def target(self, env, block):
+        return np.array([*env.block_pos[block, :2], 0.17])
+
+    def success(self, env, block):
+        return env.held == block and env.block_pos[block, 2] > self.HEIGHT
+
+
+class Drawer(Task):
+    slots = ("way",)
+    THERE = 0.005  # m
+    NEAR = 1.0  # m: it stays at its height all the way
+
+    def possible(self, env, opens):
+        return env.drawer < 0.07 if opens else env.drawer > 0.05
+
+    def target(self, env, opens):
+        return HANDLE + [0.12 * opens, 0, 0.003]  # carry() aims that much lower
+
+    def success(self, env, opens):
+        """Open at least 10 cm, or shut within 1 cm."""
+        return env.drawer >= 0.10 if opens else env.drawer <= 0.01
+
+
+class Push(Task):
+    """| the block right ahead of the lowered hand | pushes on, slowly, behind its middle |
+    | anything else                             | closes, goes behind the block       |"""
+
+    slots = ("block", "direction")
+    holds = False
+    BEHIND = 0.06  # m, the hand from the block's middle
+    HEIGHT = 0.022  # m, of the hand
+
+    def possible(self, env, block, direction):
+        """With nothing beside its way, from behind it to where it should be."""
+        way = env.block_pos[block, :2] + np.outer([-0.06, 0.04, 0.14], direction)
+        others = np.delete(env.block_pos, block, 0)
+        gap = distance(others[:, None, :2], way).min()
+        free = gap > 0.085 and inside(way, (0.31, -0.22), (0.70, 0.30))
+        return free and not env.is_high()[block]
+
+    def target(self, env, block, direction):
+        """Always ahead of it: where it came from cannot be seen."""
+        return env.block_pos[block] + 0.1 * np.array([*direction, 0])
+
+    def success(self, env, block, direction):
+        """Moved 8 cm that way since the instruction, at most 4 cm sideways, never lifted."""
+        moved = (env.block_pos[block] - env.origin[block])[:2]
+        straight = moved @ direction >= 0.08 and abs(moved @ direction[::-1]) <= 0.04
+        return straight and not env.lifted[block]
+
+    def expert(self, env, block, direction):
+        hand = env.ee_pos
+        offset = (env.block_pos[block] - hand)[:2]
+        ahead = offset @ direction
+        aside = offset - ahead * direction
+        shut = env.opening < 0.03
+        lane = 0.02 if ahead < 0.045 else 0.014  # m, more once it touches
+        behind = 0.02 < ahead < 0.085 and np.hypot(*aside) < lane
+        if hand[2] < 0.05 and behind and shut:
+            # m ahead of the hand; more slowly until it is straight
+            pace = 0.015 * max(0.3, 1 - np.hypot(*aside) / 0.012)
+            return act([*(pace * direction + aside), self.HEIGHT - hand[2]], -1)
+        across = offset - self.BEHIND * direction
+        low = self.HEIGHT if shut else TRAVEL
+        gripper = -1 if shut or hand[2] > 0.1 else 1
+        return approach(hand, across, low, funnel(across, near=0.016), gripper)
+
+
+TASKS = dict(
+    pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), drawer=Drawer()
+)
+
+
+# ------------------------------------------------------------------------ the expert's movements
+TRAVEL = 0.115  # m, height of the hand when moving sideways
+GRASP_HEIGHT = 0.009  # m, of the fingertips' middle over the middle of a thing
+WIDE = 0.055  # m between the fingers: room for a block
+CLEAR = 0.165  # m, height to which it rises after letting go: 10 cm above a stacked block
+ROOM = 0.075  # m between things, so that the fingers have room to open
 
 
 def distance(a, b):
@@ -776,8 +923,8 @@ def carry(env, goal, above):
 
 
 def put_away(env):
-    """Lets go of what is not wanted in the hand: of a block down where it is, or where there is no
-    ROOM, away from the nearest thing."""
+    """Gets rid of what should not be in the hand: sets a block down where it is or, where there is
+    no ROOM, away from the nearest thing."""
     if env.held == env.handle:
         return let_go(env)
     load = env.block_pos[env.held]
@@ -798,166 +945,13 @@ def graspable(env, block):
     return inside(at[:2], (0.3, -0.21), (0.7, 0.31)) and not blocked.any()
 
 
-# ---------------------------------------------------------------------------------- the tasks
-class Task:
-    """One kind of request. Its methods get the scene and the meaning of its slots in turn
-    (Env.resolve): the numbers of things, a unit vector for a direction, True for open.
-
-    slots: names from SLOTS. Its sentences are the rule of its name in assets/grammar.txt.
-    possible(env, ..): can it be asked for now? target(env, ..): where the thing should go (3,) m.
-    success(env, ..): is it done, this instant? The first two names of `slots` are what a policy's
-    pointers look for: the thing, and its place."""
-
-    holds = True  # whether the thing is to be in the hand; else the hand is emptied first
-    THERE = 0.0  # m sideways from the target, where the expert lets go
-    NEAR = 0.02  # m sideways, where it lowers the thing all the way
-
-    def expert(self, env, *meaning):
-        """An action (4,), with an empty hand or with the thing in it:
-
-        | what the expert sees                      | what it does                        |
-        | the thing at its target                   | lets go                             |
-        | the thing between the fingers             | carries it to its target            |
-        | anything else                             | grasps the thing                    |"""
-        goal = self.target(env, *meaning)
-        x, y, z = goal - env.thing_pos[env.thing]
-        calm = env.held is None or np.linalg.norm(env.ee_vel) < 0.1  # not while it swings
-        if np.hypot(x, y) < self.THERE and abs(z) < 0.004 and calm:
-            return let_go(env)
-        if env.held is None:
-            return grasp(env)
-        return carry(env, goal, funnel([x, y], self.NEAR))
-
-
-class PickPlace(Task):
-    slots = ("block", "pad")
-    WITHIN = 0.03  # m sideways, of success
-    THERE = 0.022
-
-    def possible(self, env, block, pad):
-        return (
-            graspable(env, block)
-            and distance(env.block_pos, env.thing_pos[pad]).min() >= 0.07
-        )
-
-    def target(self, env, block, pad):
-        return env.thing_pos[pad] + [0, 0, HALF]
-
-    def success(self, env, block, place):
-        """Lies or stands still on its place, released, and the hand has withdrawn upwards."""
-        at = env.block_pos[block]
-        x, y, z = at - self.target(env, block, place)
-        there = np.hypot(x, y) < self.WITHIN and abs(z) < 0.006
-        still = np.abs(env.data.qvel[9:-1].reshape(-1, 6)[block, :3]).max() < 0.02
-        released = env.held != block and env.opening > 0.055
-        return there and still and released and env.ee_pos[2] > at[2] + 0.06
-
-
-class Stack(PickPlace):
-    """The same with a block in place of the pad, more exactly."""
-
-    slots = ("block", "lower")
-    WITHIN, THERE, NEAR = 0.022, 0.016, 0.015  # m
-
-    def possible(self, env, block, lower):
-        free = block != lower and graspable(env, block) and graspable(env, lower)
-        return free and env.held != lower and not env.is_high()[lower]
-
-    def target(self, env, block, lower):
-        return env.block_pos[lower] + [0, 0, 2 * HALF]
-
-
-class Lift(Task):
-    slots = ("block",)
-    HEIGHT = 0.12  # m, of its middle; the block is then 10 cm above the table
-    GOAL = 0.17  # m
-
-    def possible(self, env, block):
-        return graspable(env, block) and env.block_pos[block, 2] < self.HEIGHT
-
-    def target(self, env, block):
-        x, y, _ = env.block_pos[block]
-        return np.array([x, y, self.GOAL])
-
-    def success(self, env, block):
-        return env.held == block and env.block_pos[block, 2] > self.HEIGHT
-
-
-class Drawer(Task):
-    slots = ("way",)
-    THERE = 0.005  # m
-    NEAR = 1.0  # m: it stays at its height all the way
-
-    def possible(self, env, opens):
-        return env.drawer < 0.07 if opens else env.drawer > 0.05
-
-    def target(self, env, opens):
-        return HANDLE + [0.12 * opens, 0, 0.003]  # carry() aims that much lower
-
-    def success(self, env, opens):
-        """Open at least 10 cm, or shut within 1 cm."""
-        return env.drawer >= 0.10 if opens else env.drawer <= 0.01
-
-
-class Push(Task):
-    """| the block right ahead of the lowered hand | pushes on, slowly, behind its middle |
-    | anything else                             | closes, goes behind the block       |"""
-
-    slots = ("block", "direction")
-    holds = False
-    BEHIND = 0.06  # m, the hand from the block's middle
-    HEIGHT = 0.022  # m, of the hand
-    PACE = 0.015  # m ahead of the hand
-
-    def possible(self, env, block, direction):
-        """With nothing beside its way, from behind it to where it should be."""
-        way = env.block_pos[block, :2] + np.outer(
-            [-0.06, 0.04, 0.14], direction
-        )  # (3, 2) m
-        others = np.delete(env.block_pos, block, 0)
-        gap = distance(others[:, None, :2], way).min()
-        free = gap > 0.085 and inside(way, (0.31, -0.22), (0.70, 0.30))
-        return free and not env.is_high()[block]
-
-    def target(self, env, block, direction):
-        """Always ahead of it: where it came from cannot be seen."""
-        return env.block_pos[block] + 0.1 * np.array([*direction, 0])
-
-    def success(self, env, block, direction):
-        """Moved 8 cm that way since the instruction, at most 4 cm sideways, never lifted."""
-        moved = (env.block_pos[block] - env.origin[block])[:2]
-        straight = moved @ direction >= 0.08 and abs(moved @ direction[::-1]) <= 0.04
-        return straight and not env.lifted[block]
-
-    def expert(self, env, block, direction):
-        hand = env.ee_pos
-        offset = (env.block_pos[block] - hand)[:2]
-        ahead = offset @ direction
-        aside = offset - ahead * direction
-        shut = env.opening < 0.03
-        lane = 0.02 if ahead < 0.045 else 0.014  # m, more once it touches
-        behind = 0.02 < ahead < 0.085 and np.hypot(*aside) < lane
-        if hand[2] < 0.05 and behind and shut:
-            pace = self.PACE * max(0.3, 1 - np.hypot(*aside) / 0.012)  # first straight
-            return act([*(pace * direction + aside), self.HEIGHT - hand[2]], -1)
-        across = offset - self.BEHIND * direction
-        low = self.HEIGHT if shut else TRAVEL
-        gripper = -1 if shut or hand[2] > 0.1 else 1
-        return approach(hand, across, low, funnel(across, near=0.016), gripper)
-
-
-TASKS = dict(
-    pick_place=PickPlace(), lift=Lift(), push=Push(), stack=Stack(), drawer=Drawer()
-)
-
-
 # ------------------------------------------------------------------------------ demonstrations
 NOISE = 0.12  # standard deviation of the white noise on the motion
 PUSH = 0.03  # probability a step of a push: 5 steps of N(0, 0.5)
 SLIP = 0.004  # probability a step of the gripper opening, for 3 steps
 MISTAKEN = 0.4  # share of demonstrations that begin where an expert that is wrong has led
 MISTAKE = 0.02  # m, standard deviation of where it takes each thing to be
-INTERRUPT = 0.3  # share of requests followed by another, in mid-motion if not done by then
+INTERRUPT = 0.3  # share of requests that another one interrupts, if they take so long
 REQUESTS = 3  # at most, per scene
 NORMAL = 0.35  # share of the scenes that --randomize leaves in the normal world
 
@@ -967,12 +961,12 @@ def disturbance(rng, amount=1.0):
     recover, as in DART (arXiv:1703.09327): an iterator over what is added to the action of each
     step, (4,). amount: share of NOISE, PUSH and SLIP."""
     steps = 1000  # more than a scene has
-    noise = np.zeros((steps, 4))
+    noise = np.zeros((steps, len(ACTION_NAMES)))
     noise[:, :3] = rng.normal(0, amount * NOISE, (steps, 3))
     for start in np.flatnonzero(rng.random(steps) < amount * PUSH):
         noise[start : start + 5, :3] += rng.normal(0, 0.5, 3)
     for start in np.flatnonzero(rng.random(steps) < amount * SLIP):
-        noise[start : start + 3, 3] = 2
+        noise[start : start + 3, -1] = 2
     return iter(noise)
 
 
@@ -1039,8 +1033,7 @@ def demonstrate(env, seed, randomize):
 
 # -------------------------------------------------------------------------------- the data file
 EPISODES = 25  # demonstrations in a file
-SCENES = 64  # that are there for them
-WORDINGS = 50  # in a file, of each intent
+SCENES = 64  # set aside for them
 
 
 def write_episode(file, index, attrs, frames):
@@ -1063,8 +1056,7 @@ def write_episode(file, index, attrs, frames):
         attrs: total (of steps), env_args (JSON: the world, a hash of this file and of the grammar)
         demo_0 -> episode_0
 
-    Another robot's file needs pictures, ee_pos, gripper and other numbers, actions, and the
-    instruction; cameras/ and wordings/ make training quicker."""
+    Another robot's file needs pictures, ee_pos, gripper, actions, and the instruction; cameras/ and wordings/ make training quicker."""
     name = f"episode_{index}"
     group = file.create_group(name)
     for key in frames[0]:
@@ -1089,7 +1081,7 @@ def record_file(job):
         with h5py.File(path) as file:
             if file["data"].attrs["env_args"] != env_args:
                 raise ValueError(
-                    f"{path} is of other settings, code or grammar; delete it or change --out"
+                    f"{path} is of other settings, code or grammar; delete it or record elsewhere"
                 )
             return len(file["data"])
     settings = json.loads(env_args)
@@ -1105,7 +1097,7 @@ def record_file(job):
         ):
             samples += write_episode(file, index, *episode)
         rng = np.random.default_rng([first, 1])
-        for name, wordings in draw_wordings(env.tasks, rng, WORDINGS).items():
+        for name, wordings in draw_wordings(env.tasks, rng, 50).items():
             file[f"wordings/{name}"] = wordings
         file["data"].attrs.update(total=samples, env_args=env_args)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1128,7 +1120,9 @@ def explain_errors():
         if not mendable or "PICOVLA_TRACEBACK" in os.environ:
             return sys.__excepthook__(kind, error, trace)
         sys.stdout.flush()
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(
+            f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr
+        )
         os._exit(2)
 
     sys.excepthook = explain
@@ -1145,7 +1139,9 @@ if __name__ == "__main__":
     add("--episodes", type=int, default=1500, help="demonstrations (default 1500)")
     add("--out", type=Path, help="folder for their files (default data/TASKS)")
     add(
-        "--tasks", default="pick_place", help=f"all, or a comma list of {', '.join(TASKS)}"
+        "--tasks",
+        default="pick_place",
+        help=f"all, or a comma list of {', '.join(TASKS)}",
     )
     add("--cameras", default="front,wrist", help="comma list of front, wrist, top")
     add(
@@ -1155,17 +1151,20 @@ if __name__ == "__main__":
         help="how much the world differs in two scenes of three, 0 to 1 (default 0)",
     )
     add(
-        "--seed", type=int, default=0, help="which 100,000 scenes to draw from (default 0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="which block of 100,000 scenes to use (default 0)",
     )
     add("--workers", type=int, help="processes (default all cores)")
     args = parser.parse_args()
+    if not 0 <= args.randomize <= 1:
+        raise ValueError("--randomize must be from 0 to 1")
     # Files that are there already stay, so the same command carries on. What is in a file depends
     # on its own scenes alone, not on the number of workers.
     world = dict(tasks=args.tasks, cameras=args.cameras, randomize=args.randomize)
     code = zlib.crc32(Path(__file__).read_bytes() + GRAMMAR.read_bytes())
-    env_args = dict(
-        env_name="picovla", type=2, env_kwargs=world, code=code
-    )  # 2: robomimic's Gym
+    env_args = dict(env_name="picovla", type=2, env_kwargs=world, code=code)
     out = args.out or Path("data", args.tasks)
     jobs = []
     for start in range(0, args.episodes, EPISODES):
@@ -1175,5 +1174,7 @@ if __name__ == "__main__":
     spawn = multiprocessing.get_context("spawn")
     # Ctrl-C is for the main process, which ends the others.
     with spawn.Pool(args.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        totals = list(tqdm(pool.imap(record_file, jobs), "files", len(jobs), disable=None))
+        totals = list(
+            tqdm(pool.imap(record_file, jobs), "files", len(jobs), disable=None)
+        )
     print(f"{out}: {sum(totals)} demonstrations in {len(jobs)} files")

@@ -59,37 +59,29 @@ class Config:
     action_size: int = 4  # A
     image_size: int = 64  # px
     # vision
-    vision: str = (
-        "vit_stem"  # two small convolutions; or a linear map (vit), or a CNN (cnn)
-    )
+    vision: str = "vit_stem"  # two small convolutions; vit: a linear map; or cnn
     patch: int = 8  # px, edge of a patch
-    keep_patches: int = 56  # times frames: those farthest from the picture's median colour
+    keep_patches: int = 56  # times frames: those farthest from the median colour
     frames: int = 1  # pictures of each camera: the last ones, a control step apart
     # language
     text: str = "word"  # tokens: words, each by its letters; or letters (char)
     text_encoder: str = "transformer"  # or lstm
     buckets: int = 4096  # rows of the table that parts of words are hashed into
-    pointers: int = (
-        1  # 1: both pointers from words to patches, for thing and place; 0: none
-    )
+    pointers: int = 1  # 1: from words to patches, for thing and place; 0: none
     # fusion
-    fusion: str = (
-        "attention"  # of one vector for each modality; or a transformer over all tokens
-    )
+    fusion: str = "attention"  # of one vector a modality; or transformer: of all tokens
     width: int = 128  # C
     heads: int = 4  # of attention
     layers: int = 2  # of each encoder
     # action head
-    head: str = (
-        "mixture"  # several chunks; regression (continuous), bins (tokens), or flow
-    )
+    head: str = "mixture"  # several chunks; or continuous, tokens (bins), flow
     head_layers: int = 3  # hidden layers of the head
     head_width: int = 256  # numbers in each of them
     loss: str = "l1"  # of the mixture and the continuous head, or mse
     bins: int = 256  # of the head of tokens, for each number of an action
     flow_steps: int = 4  # integration steps of the flow head
     chunk: int = 8  # K, actions predicted in a forward pass
-    execute: int = 0  # actions carried out before the next one; 0: half the chunk
+    execute: int = 0  # actions before the next forward pass; 0: half the chunk
     ensemble: int = 0  # 1: a forward pass in every step, all chunks averaged (ACT)
 
     def __post_init__(self):
@@ -104,7 +96,9 @@ class Config:
         if self.execute > self.chunk:
             raise ValueError(f"execute {self.execute} is more than chunk {self.chunk}")
         if self.ensemble and self.head == "mixture":
-            raise ValueError("ensemble averages chunks, which a mixture is there to avoid")
+            raise ValueError(
+                "ensemble averages chunks, which a mixture is there to avoid"
+            )
 
     @property
     def max_text(self):
@@ -216,7 +210,7 @@ class Vision(nn.Module):
     they are, (B, kept).
 
     Bare table is most of every picture. Only the patches with the pixels farthest from the
-    picture's median colour become tokens, which halves the work. A CNN gives one token for each
+    picture's median colour become tokens, less than half. A CNN gives one token for each
     picture, and no transformer follows it."""
 
     def __init__(self, config):
@@ -226,9 +220,8 @@ class Vision(nn.Module):
         self.register_buffer("image_std", torch.full((V, 3, 1, 1), 64.0))
         whole = config.vision == "cnn"  # its only patch is the picture
         self.patch = config.image_size if whole else config.patch  # px
-        self.margin = (
-            CELL if config.vision == "vit_stem" else 0
-        )  # px seen above and to the left
+        # px seen above and to the left
+        self.margin = CELL if config.vision == "vit_stem" else 0
         self.side = config.image_size // self.patch  # patches across a picture
         self.patches = V * self.side**2  # P
         self.keep = min(config.keep_patches * config.frames, self.patches)
@@ -449,7 +442,7 @@ class Mixture(nn.Module):
 
     MODES = 4
     SCALE = 0.05  # of these distributions, in units of an action
-    dice = np.random.default_rng(0)  # Policy.reset() brings those of an episode
+    dice = np.random.default_rng(0)  # Policy.reset() replaces it for each episode
 
     def __init__(self, config, size):
         super().__init__()
@@ -496,13 +489,13 @@ class Tokens(nn.Module):
         self.net = head_mlp(config, size, math.prod(shape)).append(nn.Unflatten(1, shape))
 
     def forward(self, x):
-        return (self.net(x).argmax(-1) + 0.5) * (
-            2 / self.bins
-        ) - 1  # the middle of the bin
+        return (self.net(x).argmax(-1) + 0.5) * (2 / self.bins) - 1
 
     def error(self, x, target, valid):
         token = ((target + 1) * (self.bins / 2)).long().clamp(0, self.bins - 1)
-        return F.cross_entropy(self.net(x).float().movedim(-1, 1), token, reduction="none")
+        return F.cross_entropy(
+            self.net(x).float().movedim(-1, 1), token, reduction="none"
+        )
 
 
 class Flow(nn.Module):
@@ -570,13 +563,10 @@ class Policy(nn.Module):
         self.sentence = language
         self.history = [obs, *self.history][: config.frames]
         if config.ensemble or not self.chunks:
-            chunk = self.look(self.history, language)["actions"][0].numpy(
-                force=True
-            )  # (K, A)
+            chunk = self.look(self.history, language)["actions"][0].numpy(force=True)
             self.chunks.append(chunk[: config.executed])
-        weights = np.exp(
-            -0.01 * np.arange(len(self.chunks))
-        )  # the oldest most: arXiv:2304.13705
+        # the oldest most: arXiv:2304.13705
+        weights = np.exp(-0.01 * np.arange(len(self.chunks)))
         action = np.average([chunk[0] for chunk in self.chunks], 0, weights)
         self.chunks = [chunk[1:] for chunk in self.chunks if len(chunk) > 1]
         return action.astype(np.float32)
@@ -600,7 +590,9 @@ class Policy(nn.Module):
                 )
         state = np.concatenate([np.ravel(history[0][key]) for key in config.state_keys])
         if len(state) != config.state_size or not np.isfinite(state).all():
-            raise ValueError(f"{config.state_keys} are {config.state_size} finite numbers")
+            raise ValueError(
+                f"{config.state_keys} are {config.state_size} finite numbers"
+            )
         moment = dict(
             images=torch.from_numpy(np.array(images, np.uint8)),
             shift=torch.zeros(2),
@@ -613,7 +605,7 @@ class Policy(nn.Module):
         }
 
     def hear(self, sentence):
-        """What the policy makes of a sentence, a dict, see VLA.encode_text; the baseline: nothing."""
+        """What the policy makes of a sentence, a dict: the VLA overrides it, the baseline is deaf."""
         return {}
 
     def act(self, features, batch):
@@ -648,7 +640,7 @@ class Policy(nn.Module):
         model.load_state_dict(saved["weights"])
         model.path = str(path)
         model.step = saved["step"]
-        model.code = saved["code"]
+        model.code = saved.get("code", "unknown")
         return model.eval()
 
 
@@ -665,7 +657,9 @@ class VLA(Policy):
         self.pointers = Pointers(config) if config.pointers else None
         self.intent = None
         if config.intents:
-            self.intent = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, len(config.intents)))
+            self.intent = nn.Sequential(
+                nn.LayerNorm(C), nn.Linear(C, len(config.intents))
+            )
         self.fusion = FUSIONS[config.fusion](config)
         if config.pointers:
             spots = len(POINTERS) * 3 * len(config.cameras) * config.frames
@@ -673,16 +667,16 @@ class VLA(Policy):
 
     def forward(self, batch):
         """batch: a dict of images (B, V, H, W, 3) uint8 and their shift (B, 2), see Vision; state
-        (B, S); text and names, see encode_text, or `heard`, what that makes of them; sentence (B,),
+        (B, S); text and true_text, see encode_text, or `heard`, what that makes of them; sentence (B,),
         which of these each moment has; in training also target (B, K, A) and valid (B, K).
 
-        Returns a dict: what is heard; of pointers, goal (B, G), m, normalised, and attention (B, 2,
+        Returns a dict: what is heard; of pointers, goal (B, G), normalised, and attention (B, 2,
         P), the logarithm of how much they look at the patches of all views in turn; and actions or
         error, see act()."""
         # What is seen, heard and felt.
         shift = batch["shift"]
         patches, kept = self.vision(batch["images"], shift)  # (B, kept, C), (B, kept)
-        heard = batch.get("heard") or self.encode_text(batch["text"], batch["names"])
+        heard = batch.get("heard") or self.encode_text(batch["text"], batch["true_text"])
         sentence = batch["sentence"]
         state = (batch["state"] - self.state_mean) / self.state_std
         others = self.state(state)[:, None]  # (B, 1, C)
@@ -694,9 +688,7 @@ class VLA(Policy):
             found, looking = self.pointers(heard["queries"][sentence], patches)
             others = torch.cat([others, found], 1)  # (B, 3, C)
             nowhere = looking.new_full((*found.shape[:2], self.vision.patches), DROPPED)
-            attention = nowhere.scatter(
-                2, kept[:, None].expand_as(looking), looking
-            )  # (B, 2, P)
+            attention = nowhere.scatter(2, kept[:, None].expand_as(looking), looking)
             spots = spatial_softmax(attention, self.vision.side, shift)
             goal = self.goal(torch.cat([spots, state], 1))
             answer |= dict(goal=goal, attention=attention)
@@ -705,17 +697,17 @@ class VLA(Policy):
         x = self.fusion(patches, heard["words"][sentence], others)
         return answer | self.act(torch.cat([x, goal, state], 1), batch)
 
-    def encode_text(self, text, names):
+    def encode_text(self, text, true_text):
         """Sentences (U, L, n) to a dict: `words` (U, L, C) in their context; with pointers, their
         `queries` (U, 2, C) and the `reading` (U, 2, L), where each finds its name; with intents,
-        `intent` (U, intents), logits of what is asked for. names: the same sentences with their
-        true names, which train.py shuffles in `text`, so that nothing else can depend on them."""
+        `intent` (U, intents), logits of what is asked for. true_text: the same sentences with
+        their true names, which train.py shuffles in `text`, see Sentences.word there."""
         words = self.text(text)
         heard = dict(words=words)
         if self.intent:
             heard["intent"] = self.intent(mean_word(words))
         if self.pointers:
-            bare = self.text.embed(names)
+            bare = self.text.embed(true_text)
             heard["queries"], heard["reading"] = self.pointers.read(words, bare)
         return heard
 
@@ -724,14 +716,14 @@ class VLA(Policy):
         """encode_text() of one sentence, which is kept until there is another."""
         if sentence not in self.heard:
             text = tokenize(sentence, self.config)[None].to(self.state_mean.device)
-            self.heard = {
-                sentence: self.encode_text(text, names=text)
-            }  # nothing is shuffled
+            # nothing is shuffled
+            self.heard = {sentence: self.encode_text(text, true_text=text)}
         return self.heard[sentence]
 
     def request(self, sentence):
         """What the policy reads in a sentence, (task, slots), or None if it declines it."""
-        if not (self.intent and self.pointers) or self.understands(sentence) < UNDERSTOOD:
+        reads = self.intent and self.pointers and self.config.text == "word"
+        if not reads or self.understands(sentence) < UNDERSTOOD:
             return None
         heard = self.hear(sentence)
         best = heard["intent"][0, :-1].argmax()

@@ -64,9 +64,8 @@ class Room(RayCamera):
         up, level = sin(self.angles[1]), cos(self.angles[1])
         back = np.array([level * cos(azimuth), level * sin(azimuth), up])
         right = np.array([-sin(azimuth), cos(azimuth), 0])
-        self.axes = np.stack(
-            [right, np.cross(back, right), back], 1
-        )  # as MuJoCo's cameras have
+        # as MuJoCo's cameras have
+        self.axes = np.stack([right, np.cross(back, right), back], 1)
 
     def show(self, env):
         """Remembers where everything is and its looks, for picture(), maybe in another thread."""
@@ -241,11 +240,8 @@ class Stage:
         if geom not in self.env.thing_geom[: self.env.n_blocks]:
             return False
         self.held = self.env.model.geom_bodyid[geom]
-        self.goal = self.env.data.xpos[self.held] + [
-            0,
-            0,
-            self.HOVER,
-        ]  # m, where it is drawn to
+        # m, where it is drawn to
+        self.goal = self.env.data.xpos[self.held] + [0, 0, self.HOVER]
         self.height = self.goal[2]
         return True
 
@@ -267,7 +263,7 @@ class Stage:
             pull -= self.DAMPING * env.data.cvel[self.held, 3:] + env.model.opt.gravity
             env.data.xfrc_applied[self.held, :3] = env.model.body_mass[self.held] * pull
         action = np.zeros(len(ACTION_NAMES))  # stays as it is
-        action[-1] = env.data.ctrl[env.grip] - GRIPPER_OPEN / 2
+        action[-1] = env.data.ctrl[7] - GRIPPER_OPEN / 2
         if self.busy:
             action = self.policy.predict(self.obs, env.instruction)
         self.obs, _, terminated, truncated, info = env.step(action)
@@ -344,7 +340,9 @@ class Page(BaseHTTPRequestHandler):
             self.answer(state.encode())
         elif self.path in ("/room", "/views"):
             self.send_response(200)
-            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=picture")
+            self.send_header(
+                "Content-Type", "multipart/x-mixed-replace; boundary=picture"
+            )
             self.end_headers()
             while True:
                 picture = stage.picture(self.path[1:])
@@ -400,7 +398,9 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--ckpt", help="checkpoint (default out/ckpt.pt, else assets/ckpt.pt)")
     add(
-        "--expert", action="store_true", help="film the expert, told what the policy reads"
+        "--expert",
+        action="store_true",
+        help="film the expert, told what the policy reads",
     )
     add("--instruction", help="what to do (default: the scene's own sentence)")
     add("--seed", default="0", help="a scene, or with --out a comma list (default 0)")
@@ -436,10 +436,8 @@ if __name__ == "__main__":
     add("--no_browser", action="store_true", help="only print the page's address")
     args = parser.parse_args()
     policy = VLA.load(args.ckpt)
-    if not policy.config.cameras or args.attention and not policy.pointers:
-        raise ValueError(
-            f"{policy.path} sees no pictures, or has no pointers for --attention"
-        )
+    if policy.config.model == "bc" or args.attention and not policy.pointers:
+        raise ValueError(f"{policy.path} hears no sentences, or has no pointers to show")
     env = Env(policy.config.tasks, policy.config.cameras, randomize=args.randomize)
     seeds = [int(seed) for seed in args.seed.split(",")]
     if not args.out:

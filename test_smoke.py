@@ -293,7 +293,9 @@ def test_grammar():
     rng = np.random.default_rng(0)
     words = {}
     for held_out in (False, True):
-        words[held_out] = " ".join(" ".join(texts) for texts in grammar(held_out).values())
+        words[held_out] = " ".join(
+            " ".join(texts) for texts in grammar(held_out).values()
+        )
     secret = {*split(words[True])} - {*split(words[False])}
     assert len(secret) > 20
     for task in TASKS:
@@ -302,7 +304,9 @@ def test_grammar():
                 said = {make_wording(task, slots, rng, held_out) for _ in range(300)}
                 assert len(said) > (130 if held_out else 270)
                 names = {"{%s}" % slot for slot in slots if slot in NAMES}
-                assert not [text for text in said if {*re.findall("{.*?}", text)} != names]
+                assert not [
+                    text for text in said if {*re.findall("{.*?}", text)} != names
+                ]
                 said = " ".join(said)
                 assert not re.search(r"[<>()|*]", said)
                 assert secret.isdisjoint(split(said)) != held_out
@@ -370,7 +374,9 @@ def test_data_file(toy):
             assert len(array) == about["num_samples"]
         assert episode[FRONT].chunks[0] == 1
         assert (episode["rewards"][-1] == 1) != about["interrupted"]
-        assert not is_held_out(*request) and len(file[f"wordings/{about['intent']}"]) == 50
+        assert (
+            not is_held_out(*request) and len(file[f"wordings/{about['intent']}"]) == 50
+        )
         if about["scene_seed"] in seen:
             continue
         seen.add(about["scene_seed"])
@@ -431,7 +437,7 @@ def moments():
 def texts(model, sentences):
     text = [tokenize(sentence, model.config) for sentence in sentences]
     text = torch.nn.utils.rnn.pad_sequence(text, batch_first=True)
-    return dict(text=text, names=text)
+    return dict(text=text, true_text=text)
 
 
 def make_batch(model, observations, sentence):
@@ -579,7 +585,9 @@ def test_text():
     config, chars = Config(), Config(text="char")
     one, other = "Pick up the RED block, and don’t.", "pick up the red block and don't"
     assert torch.equal(tokenize(one, config), tokenize(other, config))
-    right, wrong, other = [{*ngrams(word, 4096)} for word in ("purple", "purpel", "green")]
+    right, wrong, other = [
+        {*ngrams(word, 4096)} for word in ("purple", "purpel", "green")
+    ]
     assert len(right & wrong) > len(right & other) + 2  # misspelt, but much like it
     assert (tokenize("red banana", chars) > 0).sum() == 10
 
@@ -642,7 +650,9 @@ def test_training_is_a_function_of_its_seed_and_resumes_exactly(toy, here):
     assert 3 <= torch.load("out/resume.pt")["step"] < 6
     run("train.py --resume out")  # with the settings it began with
     assert read_log("out") == read_log("toy")
-    assert same(*[torch.load(f"{folder}/ckpt.pt")["weights"] for folder in ("toy", "out")])
+    assert same(
+        *[torch.load(f"{folder}/ckpt.pt")["weights"] for folder in ("toy", "out")]
+    )
     run("train.py --resume out --steps 8 --lr 0.01")  # but what is said goes first
     assert read_log("out")[-1]["lr"] == pytest.approx(0.01 * 8 / 50)
 
@@ -692,7 +702,9 @@ def test_hindsight_finds_what_the_simulator_knows(toy, here):
     for episode in episodes_of(toy / "demos"):
         thing = episode["observations/object_pos"][:]
         uv, _ = project(thing[:, None], episode["cameras/front"][:])
-        truth.append(np.hstack([thing, episode["observations/target_pos"], 64 * uv[:, 0]]))
+        truth.append(
+            np.hstack([thing, episode["observations/target_pos"], 64 * uv[:, 0]])
+        )
         tasks += [episode.attrs["task"]] * len(thing)
         interrupted += [episode.attrs["interrupted"]] * len(thing)
     uv = demos.uv[:, 0, 0].where(demos.uv[:, 0, 0] >= 0, np.nan)
@@ -827,7 +839,9 @@ def page():
         def ask(path, command=None, **headers):
             body = None if command is None else json.dumps(command).encode()
             try:
-                with urlopen(Request(address + path, body, headers), timeout=20) as answer:
+                with urlopen(
+                    Request(address + path, body, headers), timeout=20
+                ) as answer:
                     return answer.status, answer.read(8000)
             except OSError as error:
                 return getattr(error, "code", 0), error
@@ -891,7 +905,6 @@ def test_a_page_refuses(row, page):
 
 # ------------------------------------------------------------------------------- bad input
 BAD = """\
-gen_data.py --episodes 0 => --episodes
 gen_data.py --tasks juggle => 'juggle'
 gen_data.py --cameras front,rear => 'rear'
 gen_data.py --randomize 3 => --randomize
@@ -903,7 +916,6 @@ train.py --data text => text
 train.py --data nan.h5 => episode_3/actions
 train.py --data demos --cameras front,top => top
 train.py --data demos --out_dir toy => --overwrite
-train.py --data demos --steps 0 => --steps
 train.py --data demos --width 100 --heads 3 => width 100
 train.py --data demos --patch 7 => patch 7
 train.py --data demos --execute 9 => execute 9

@@ -7,8 +7,9 @@
     torchrun --standalone --nproc_per_node=2 train.py   # data-parallel; needs the data
 
 Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. In
-order: settings, labels in hindsight, augmentation, sentences, demonstrations, losses, optimiser,
-preparation, the loop, score.
+order: settings, augmentation, sentences, labels in hindsight, demonstrations, losses, optimiser,
+preparation, the loop, score. Letters of shapes are model.py's; V' and P' are views and patches of
+the newest pictures alone.
 """
 
 import argparse
@@ -54,14 +55,14 @@ SETTINGS = dict(  # flags and their defaults: --steps 800
     randomize=0.0,  # how much worlds differ, 0 to 1, in demonstrations to make and in their light
     cameras="",  # comma list of the data's cameras to use; '': all
     # optimisation
-    steps=1000,
+    steps=1000,  # of the optimisers
     batch_size=64,  # moments per step
-    optimizer="muon",  # of matrices between hidden layers; or adamw
+    optimizer="muon",  # for matrices between hidden layers, or adamw for all
     lr=0.02,  # Muon's learning rate
     adam_lr=2e-3,  # AdamW's learning rate, for everything else
     seed=0,  # of weights and batches
     # weights of the losses, see compute_losses()
-    attention_weight=0.1,  # of pulling attention onto thing and place; sinks with the rate
+    attention_weight=0.1,  # of pulling attention onto thing and place; falls with the rate
     goal_weight=0.5,  # of the regression of their positions
     language_weight=0.2,  # of what a sentence asks for and which words name thing and place
     # the rest
@@ -121,9 +122,8 @@ saved = load_file(Path(said.resume, "resume.pt")) if said.resume else dict(setti
 parser.set_defaults(**saved["settings"])
 args = parser.parse_args()
 out_dir = Path(args.resume or args.out_dir)
-config = Config(
-    **{name: getattr(args, name) for name in own}
-)  # what follows from data comes later
+# what follows from data comes later
+config = Config(**{name: getattr(args, name) for name in own})
 
 RANK = int(os.environ.get("RANK", 0))  # which process, of torchrun's
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -131,16 +131,123 @@ fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
 device = args.device or str(fastest)
 bf16 = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
-torch.set_deterministic_debug_mode(
-    "warn" if device == "cpu" else "default"
-)  # order of sums
+# order of sums
+torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")
 torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
 # The momentum of a unit that died becomes denormal; Intel's cores take 100 times as long with it.
 torch.set_flush_denormal(True)
 
+
+# ------------------------------------------------------------------------------ augmentation
+def other_light(images, amount):
+    """The pictures (B, V, H, W, 3) uint8 of every second moment, changed in place: in other light,
+    which may have a tint, and with a camera's noise. That differs among the worlds of --randomize
+    and needs no simulator."""
+    some = images[::2]
+    B, V = some.shape[:2]
+    light = torch.empty(B, V, 1, 1, 3).uniform_(-0.2, 0.2)
+    noise = 8 * torch.rand(B, 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
+    changed = some * (1 + amount * light) + amount * noise
+    some[:] = changed.clamp(0, 255).to(torch.uint8)
+
+
+def shifted(images, uv, most):
+    """Random shifts, as in DrQ (arXiv:2004.13649): the pictures of each moment (B, V, H, W, 3), all
+    shifted by up to `most` px alike, their edges repeated; where things are in them now, (B, 2, V',
+    2), x and y; and by how much they are shifted, (B, 2), y and x, as a share of the picture."""
+    size = images.shape[2]
+    move = torch.randint(-most, most + 1, (len(images), 2))  # px, y and x
+    # of rows, of columns
+    origin = (torch.arange(size) - move[..., None]).clamp(0, size - 1)
+    images = [
+        views[:, rows][:, :, columns] for views, (rows, columns) in zip(images, origin)
+    ]
+    shift = move / size
+    return torch.stack(images), uv + shift.flip(1)[:, None, None], shift
+
+
+def attention_target(uv, side):
+    """Where things are seen, (B, 2, V', 2), x and y, inside the picture 0..1, nan: unknown, to how
+    much attention each patch of these views should have, (B, 2, V' * side * side): that of bilinear
+    interpolation, so that the mean place is the thing's."""
+    # patches, (B, 2, V', 2, side)
+    away = (uv[..., None] * side - 0.5 - torch.arange(side)).abs()
+    x, y = (1 - away).clamp_min(0).nan_to_num().unbind(3)
+    return (y[..., None] * x[..., None, :]).flatten(2)
+
+
+# --------------------------------------------------------------------------------- sentences
+class Sentences:
+    """Sentences, worded afresh at every step. requests: [(intent, slots as JSON), ..], sorted;
+    wordings: {intent: sentences with {names} left open}. Makes of them `intents`, such as {"push
+    left": {"block": None, "direction": "left"}}, for Config."""
+
+    NONE = 16  # sentences in a batch that ask for nothing
+
+    def __init__(self, requests, wordings):
+        self.wordings = wordings
+        self.requests, self.intents = [], {}
+        for intent, slots in requests:
+            slots = json.loads(slots)
+            # Words that are no part of the intent are names.
+            names = {
+                slot: word for slot, word in slots.items() if word not in intent.split()
+            }
+            self.requests.append((intent, names))
+            self.intents[intent] = slots | dict.fromkeys(names)
+        self.intents["none"] = {}
+        self.vocabulary = sorted(
+            {word for _, names in self.requests for word in names.values()}
+        )
+
+    def draw(self, requests, rng):
+        """What word() gives for each of these requests (U,), which are indices, and for NONE more
+        that belong to no moment, stacked."""
+        asked = [self.requests[request] for request in requests]
+        if "none" in self.wordings:
+            asked += [("none", {})] * self.NONE
+        worded = [self.word(*request, rng) for request in asked]
+        text, true_text, intent, spoken = zip(*worded)
+        return dict(
+            text=pad_sequence(text, True),
+            true_text=pad_sequence(true_text, True),
+            intent=torch.tensor(intent),
+            spoken=torch.stack(spoken),
+        )
+
+    def word(self, intent, names, rng):
+        """One sentence: text and true_text (L, n), the number of its intent, and spoken (2,), at
+        which words it names thing and place, -1: at none. names: {slot: word}. The policy reads
+        `text` in context and takes only the names from `true_text`, so that it cannot learn
+        combinations of them by heart:
+
+        wording      put the {block} cube on the {pad} disc
+        true_text    put the red cube on the green disc
+        text         put the blue cube on the purple disc
+        """
+        choice = self.wordings[intent]
+        wording = choice[rng.integers(len(choice))]
+        blanks = re.findall(r"{(\w+)}", wording)
+        # Where nothing is asked for, any name will do; if there are too few, the slot's own.
+        shuffled = dict(zip(blanks, [*rng.permutation(self.vocabulary), *blanks]))
+        true = shuffled | names
+        spoken = torch.full([len(POINTERS)], -1)
+        if config.pointers and config.text == "word":
+            for pointer, slot in zip(range(len(POINTERS)), names):
+                before, named, _ = wording.partition("{%s}" % slot)
+                if named:
+                    spoken[pointer] = len(split(before))
+        else:
+            shuffled = true
+        text = tokenize(wording.format(**shuffled), config)
+        true_text = tokenize(wording.format(**true), config)
+        return text, true_text, list(self.intents).index(intent), spoken
+
+
 # ---------------------------------------------------------------------- labels in hindsight
 # How far the gripper is open with a thing in it, as a share of its widest: from EMPTY to FULL.
-EMPTY, FULL = 0.1, 0.65
+EMPTY = 0.1
+FULL = 0.65
 UNDER = 0.04  # m from a hand that lets go down to what lies below the thing: a pad 3, a block 5 cm
 PUSHED = 0.08  # m that a push moves a thing, at the least
 REACH = 0.03  # m from the hand to the middle of what it pushes
@@ -148,13 +255,13 @@ REACH = 0.03  # m from the hand to the middle of what it pushes
 
 def hindsight(hand, opening, close, complete):
     """What an episode turned out to be about, by the robot's own numbers: where the thing was, where
-    it was to go, and what is to be seen there, each (T, 3) m, or (3,) if it is the same at all
-    moments, or nan: unknown.
+    it was to go, and the point there that the place's pointer should look at, each (T, 3) m, or (3,)
+    if it is the same at all moments, or nan: unknown.
 
-    | in the hand               | thing                      | place             | see        |
+    | in the hand               | thing                      | place             | done by    |
     | nothing, and it ends shut | ahead of the hand          | beyond that       | pushed()   |
     | something                 | where it closes next       | where it opens    | moved()    |
-    | nothing                   | nan                        | where it ends     | the same   |
+    | nothing                   | nan                        | where it ends     | here       |
 
     hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted, else
     nobody knows where it would have gone.
@@ -204,126 +311,24 @@ def pushed(hand):
     return thing, thing + PUSHED * way, np.nan
 
 
-# ------------------------------------------------------------------------------ augmentation
-def other_light(images, amount):
-    """Every second one of the pictures (B, V, H, W, 3) uint8, changed in place: in other light, which
-    may have a tint, and with the noise of a camera. That is what differs among the worlds of
-    --randomize and needs no simulator."""
-    some = images[::2]
-    B, V = some.shape[:2]
-    light = torch.empty(B, V, 1, 1, 3).uniform_(-0.2, 0.2)
-    noise = 8 * torch.rand(B, 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
-    changed = some * (1 + amount * light) + amount * noise
-    some[:] = changed.clamp(0, 255).to(torch.uint8)
-
-
-def shifted(images, uv, most):
-    """Random shifts, as in DrQ (arXiv:2004.13649): the pictures of each moment (B, V, H, W, 3), all
-    shifted by up to `most` px alike, their edges repeated; where things are in them now, (B, 2, V',
-    2), x and y; and by how much they are shifted, (B, 2), y and x, as a share of the picture."""
-    size = images.shape[2]
-    move = torch.randint(-most, most + 1, (len(images), 2))  # px, y and x
-    origin = (torch.arange(size) - move[..., None]).clamp(
-        0, size - 1
-    )  # of rows, of columns
-    images = [
-        views[:, rows][:, :, columns] for views, (rows, columns) in zip(images, origin)
-    ]
-    shift = move / size
-    return torch.stack(images), uv + shift.flip(1)[:, None, None], shift
-
-
-def attention_target(uv, side):
-    """Where things are seen, (B, 2, V', 2), x and y, inside the picture 0..1, nan: unknown, to how
-    much attention each patch of these views should have, (B, 2, V' * side * side): that of bilinear
-    interpolation, so that the mean place is the thing's."""
-    away = (
-        uv[..., None] * side - 0.5 - torch.arange(side)
-    ).abs()  # patches, (B, 2, V', 2, side)
-    x, y = (1 - away).clamp_min(0).nan_to_num().unbind(3)
-    return (y[..., None] * x[..., None, :]).flatten(2)
-
-
-# --------------------------------------------------------------------------------- sentences
-class Sentences:
-    """Sentences, worded afresh at every step. requests: [(intent, slots as JSON), ..], sorted;
-    wordings: {intent: sentences with {names} left open}. Makes of them `intents`, see Config."""
-
-    NONE = 16  # sentences in a batch that ask for nothing
-
-    def __init__(self, requests, wordings):
-        self.wordings = wordings
-        self.requests, self.intents = [], {}
-        for intent, slots in requests:
-            slots = json.loads(slots)
-            # Words that are no part of the intent are names.
-            names = {
-                slot: word for slot, word in slots.items() if word not in intent.split()
-            }
-            self.requests.append((intent, names))
-            self.intents[intent] = slots | dict.fromkeys(names)
-        self.intents["none"] = {}
-        self.names = sorted(
-            {name for _, names in self.requests for name in names.values()}
-        )
-
-    def draw(self, requests, rng):
-        """For each of these requests (U,) and NONE more what word() gives, stacked."""
-        asked = [self.requests[request] for request in requests]
-        if "none" in self.wordings:
-            asked += [("none", {})] * self.NONE
-        text, names, intent, spoken = zip(*[self.word(*request, rng) for request in asked])
-        return dict(
-            text=pad_sequence(text, True),
-            names=pad_sequence(names, True),
-            intent=torch.tensor(intent),
-            spoken=torch.stack(spoken),
-        )
-
-    def word(self, intent, names, rng):
-        """One sentence as a dict: text and names (L, n), the number of its intent, and spoken (2,),
-        at which words it names thing and place, -1: at none. The words in context get shuffled
-        names, so that nothing but the bare names can depend on these:
-
-        wording    put the {block} cube on the {pad} disc
-        names      put the red cube on the green disc
-        text       put the blue cube on the purple disc
-        """
-        choice = self.wordings[intent]
-        wording = choice[rng.integers(len(choice))]
-        slots = re.findall(r"{(\w+)}", wording)
-        # Where nothing is asked for, any name will do; if there are too few, the slot's own.
-        shuffled = dict(zip(slots, [*rng.permutation(self.names), *slots]))
-        true = shuffled | names
-        spoken = torch.full([len(POINTERS)], -1)
-        if config.pointers and config.text == "word":
-            for pointer, slot in zip(range(len(POINTERS)), names):
-                before, named, _ = wording.partition("{%s}" % slot)
-                if named:
-                    spoken[pointer] = len(split(before))
-        else:
-            shuffled = true
-        text = tokenize(wording.format(**shuffled), config)
-        names = tokenize(wording.format(**true), config)
-        return text, names, list(self.intents).index(intent), spoken
-
-
 # ---------------------------------------------------------------------------- demonstrations
 def frames(dataset):
     """The pictures of an episode, each compressed, as they are in the file if it has them so."""
     if dataset.compression == "gzip" and dataset.chunks == (1, *dataset.shape[1:]):
-        return [dataset.id.read_direct_chunk((t, 0, 0, 0))[1] for t in range(len(dataset))]
+        return [
+            dataset.id.read_direct_chunk((t, 0, 0, 0))[1] for t in range(len(dataset))
+        ]
     return [zlib.compress(picture, 1) for picture in dataset[:]]
 
 
 class Demonstrations:
     """Everything of the data files in memory, one row for each of N moments:
 
-    pictures: N lists of one compressed picture a camera; state (N, S); action (N, A); goal (N, 6) m,
+    pictures: N tuples of one compressed picture a camera; state (N, S); action (N, A); goal (N, 6) m,
     world frame, where thing and place are; uv (N, 2, V', 2), where those are in each camera's
-    picture, x and y, inside it 0..1; nan: unknown. episode (N,): the number of its episode, in which
-    these are listed: start, end: its rows; request: index in sentences.requests. train, valid: rows
-    to learn from, and those of held-out scenes, one in twenty."""
+    picture, x and y, inside it 0..1; nan: unknown. episode (N,): its episode's number. Of each
+    episode: start, end (rows) and request (index in sentences.requests). train, valid: rows to learn
+    from, and those of held-out scenes, one in twenty."""
 
     def __init__(self, paths):
         self.pictures = []
@@ -339,9 +344,8 @@ class Demonstrations:
                         wordings.setdefault(intent, []).extend(sentences.asstr()[:])
             except (KeyError, ValueError, OSError) as error:
                 raise ValueError(f"{path}: {error}") from None
-        known = bool(
-            wordings
-        )  # else each sentence stands for itself, and there are no intents
+        # else each sentence stands for itself, and there are no intents
+        known = bool(wordings)
         for episode in episodes:
             wordings.setdefault(episode["intent"], [episode["instruction"]])
         asked = [(episode["intent"], episode["slots"]) for episode in episodes]
@@ -378,9 +382,8 @@ class Demonstrations:
             ]
             self.cameras = tuple(args.cameras.split(",") if args.cameras else pictures)
             self.image_size = episode[f"observations/{self.cameras[0]}_image"].shape[1]
-            hidden = (
-                () if config.model == "bc" else PRIVILEGED
-            )  # bc is told where things are
+            # bc is told where things are
+            hidden = () if config.model == "bc" else PRIVILEGED
             numbers = [key for key in keys if not key.endswith("_image")]
             self.state_keys = tuple(key for key in numbers if key not in hidden)
         T = len(episode["actions"])
@@ -388,7 +391,9 @@ class Demonstrations:
         def read(key):
             array = episode[key][:].astype(np.float32)
             if len(array) != T or not np.isfinite(array).all():
-                raise ValueError(f"{episode.name}/{key} is not {T} rows of finite numbers")
+                raise ValueError(
+                    f"{episode.name}/{key} is not {T} rows of finite numbers"
+                )
             return array
 
         action = read("actions")
@@ -412,7 +417,7 @@ class Demonstrations:
     def label(self, episode, opening):
         """Adds goal and uv to an episode, see hindsight(). opening (T,), share."""
         hand = episode["hand"]
-        close = episode["action"][:, -1] < 0  # 0: neither
+        close = episode["action"][:, -1] < 0
         labels = hindsight(hand, opening, close, not episode["interrupted"])
         _, thing, place, seen = np.broadcast_arrays(hand, *labels)
         episode["goal"] = np.hstack([thing, place])
@@ -486,9 +491,8 @@ def compute_losses(net, batch):
         terms["goal"] = error / known.sum().clamp_min(1)
     if "attention" in found and config.vision != "cnn":
         spot = batch["spot"]
-        attention = found["attention"].float()[
-            ..., : spot.shape[2]
-        ]  # of the newest pictures
+        # of the newest pictures
+        attention = found["attention"].float()[..., : spot.shape[2]]
         spot = spot * (attention > DROPPED / 2)  # which bf16 rounds
         terms["attention"] = -(
             (attention * spot).sum(2) / spot.sum(2).clamp_min(1e-6)
@@ -558,7 +562,9 @@ def run(script, *flags):
         sys.exit(status)
 
 
-ckpt, resume_pt, log = out_dir / "ckpt.pt", out_dir / "resume.pt", out_dir / "log.jsonl"
+ckpt = out_dir / "ckpt.pt"
+resume_pt = out_dir / "resume.pt"
+log = out_dir / "log.jsonl"
 if ckpt.exists() and not args.resume and not args.overwrite:
     raise ValueError(
         f"{ckpt} exists; --resume {out_dir} carries on from it, --overwrite replaces it, "
@@ -604,7 +610,8 @@ if config.model == "vla":
 model.to(device)
 net = DistributedDataParallel(model) if RANKS > 1 else model
 optimizers = make_optimizers(model)
-first_step, history = 0, []  # lines of the log
+first_step = 0
+history = []  # lines of the log
 if args.resume:
     if saved["config"] != dataclasses.asdict(complete):
         raise ValueError(
@@ -646,7 +653,9 @@ def save(step):
     settings = vars(args) | dict(out_dir="", resume="", overwrite=False)
     states = [optimizer.state_dict() for optimizer in optimizers]
     model.save(ckpt, step=step, **about)
-    model.save(resume_pt, step=step, settings=settings, history=history, optimizers=states)
+    model.save(
+        resume_pt, step=step, settings=settings, history=history, optimizers=states
+    )
     log.write_text("".join(json.dumps(line) + "\n" for line in history))
 
 
@@ -657,9 +666,8 @@ for kind in (signal.SIGINT, signal.SIGTERM):
 weights = dict(action=1.0, goal=args.goal_weight)
 weights["intent"] = weights["names"] = args.language_weight
 for step in range(first_step, args.steps):
-    rng = np.random.default_rng(
-        [args.seed, step]
-    )  # a batch is a function of seed and step
+    # a batch is a function of seed and step
+    rng = np.random.default_rng([args.seed, step])
     torch.manual_seed(1_000_000 * args.seed + step + 10**12 * RANK)
     rows = rng.choice(demos.train, args.batch_size)
     batch = demos.batch(rows[RANK::RANKS], rng, augment=True)
@@ -688,7 +696,9 @@ for step in range(first_step, args.steps):
         history.append(dict(step=done, **losses, lr=args.lr * rate))
         save(done)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        print(f"step {done:5d}  {shown}  {(time.time() - start) / 60:.1f} min", flush=True)
+        print(
+            f"step {done:5d}  {shown}  {(time.time() - start) / 60:.1f} min", flush=True
+        )
     if stop and not last:
         print(
             f"stopped after {done} steps; --resume {out_dir} carries on", file=sys.stderr

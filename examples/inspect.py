@@ -3,7 +3,7 @@
     python examples/inspect.py pass --seed 3 --out pass.png    # one forward pass as a figure
     python examples/inspect.py count --episodes 100            # does it look at what words name?
     python examples/inspect.py time                            # how long a forward pass takes
-    python examples/inspect.py data --data data/demos/0000.h5 --episode 12 --out demo.gif
+    python examples/inspect.py data --data data/pick_place/0000.h5 --episode 12 --out demo.gif
 
 The first three take --ckpt, by default out/ckpt.pt or else assets/ckpt.pt. `count` plays each scene
 to its end and takes a second or two for it. Run this script from the project's root.
@@ -135,7 +135,9 @@ def show_demonstration(args):
         OSError,
     ) as error:  # there is no such file or episode, or it is cut short
         raise ValueError(f"{args.data}: {error}") from None
-    views = np.concatenate(pictures, 1)  # (T, V H, W, 3): of a moment, one above the other
+    views = np.concatenate(
+        pictures, 1
+    )  # (T, V H, W, 3): of a moment, one above the other
     scale = SIZE // views.shape[2]
     film = []
     for now in views:
@@ -157,7 +159,11 @@ if __name__ == "__main__":
     add("--seed", type=int, default=0, help="of the first scene (default 0)")
     add("--instruction", help="of pass: what to do (default: the scene's own sentence)")
     add("--episodes", type=int, default=100, help="of count: scenes (default 100)")
-    add("--data", default="data/demos/0000.h5", help="of data: a file of demonstrations")
+    add(
+        "--data",
+        default="data/pick_place/0000.h5",
+        help="of data: a file of demonstrations",
+    )
     add("--episode", type=int, default=0, help="of data: which demonstration (default 0)")
     add("--out", type=Path, default="inspect.png", help="a .png; of data, a .gif, too")
     args = parser.parse_args()

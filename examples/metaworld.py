@@ -74,7 +74,9 @@ MT10 = (
 ).split()
 
 # Each camera, and what its picture is turned by, as a matrix of image coordinates 0..1.
-CAMERAS = dict(corner2=np.array([[-1, 0, 1], [0, -1, 1], [0, 0, 1]]), gripperPOV=np.eye(3))
+CAMERAS = dict(
+    corner2=np.array([[-1, 0, 1], [0, -1, 1], [0, 0, 1]]), gripperPOV=np.eye(3)
+)
 CORNER2 = (0.75, 0.075, 0.7)  # m, where LeRobot puts it
 FOVY = 36.0  # degrees, of corner2; its own 60 show much that no hand comes near
 # Half of all triangles, and next to no pixel.
@@ -105,7 +107,11 @@ class Scene:
         self.env = env = ENVIRONMENTS[f"{task}-v3"]()
         # Scenes follow from a seed, and the expert may see the goal: Meta-World's own way to ask for
         # that, metaworld.MT1, makes fifty scenes first.
-        env.seeded_rand_vec, env._freeze_rand_vec, env._set_task_called = True, False, True
+        env.seeded_rand_vec, env._freeze_rand_vec, env._set_task_called = (
+            True,
+            False,
+            True,
+        )
         env._partially_observable = False
         vars(env).pop(
             "sawyer_observation_space", None
@@ -239,7 +245,9 @@ def record_task(job):
 
 def record(args):
     args.out.mkdir(parents=True, exist_ok=True)
-    total = sum(map_jobs(record_task, [(task, args) for task in args.tasks], args.workers))
+    total = sum(
+        map_jobs(record_task, [(task, args) for task in args.tasks], args.workers)
+    )
     print(
         f"{args.out}: {total} demonstrations, of {args.demos * len(args.tasks)} asked for"
     )
@@ -290,7 +298,9 @@ def score(args):
         groups.setdefault(group, []).append(k)
         print(f"{group:10} {task:26} {k:3} of {n}")
     for group, counts in groups.items():
-        print(f"{group:10} {len(counts):2} tasks: {percent(sum(counts), n * len(counts))}")
+        print(
+            f"{group:10} {len(counts):2} tasks: {percent(sum(counts), n * len(counts))}"
+        )
     macro = np.mean([np.mean(counts) / n for counts in groups.values()])
     print(f"all: {percent(sum(done), len(done))}; macro {100 * macro:.1f}%")
     if args.gif:
@@ -325,7 +335,9 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="command", required=True)
     both = argparse.ArgumentParser(add_help=False)
     add = both.add_argument
-    add("--tasks", type=task_names, default="mt10", help="mt10, mt50 or names with commas")
+    add(
+        "--tasks", type=task_names, default="mt10", help="mt10, mt50 or names with commas"
+    )
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add = commands.add_parser("record", parents=[both]).add_argument
     add("--out", type=Path, default="data/mt10", help="folder, a file for each task")
