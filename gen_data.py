@@ -40,7 +40,7 @@ MAX_STEPS = 200  # control steps (10 s) before an episode is cut off
 SUCCESS_STEPS = 5  # control steps (0.25 s) that success must hold
 
 IMAGE_SIZE = 64  # px
-CAMERAS = ("front", "wrist", "top")
+CAMERAS = ("front", "top", "wrist")  # by name, as HDF5 lists them
 PRIVILEGED = ("object_pos", "target_pos")  # these two observations give the answer away
 
 COLORS = {
@@ -749,10 +749,10 @@ class PickPlace(Task):
     def target(self, env, block, pad):
         return env.thing_pos[pad] + [0, 0, HALF]
 
-    def success(self, env, block, place):
+    def success(self, env, block, *place):
         """Lies or stands still on its place, released, and the hand has withdrawn upwards."""
         at = env.block_pos[block]
-        x, y, z = at - self.target(env, block, place)
+        x, y, z = at - self.target(env, block, *place)
         there = np.hypot(x, y) < self.WITHIN and abs(z) < 0.006
         still = np.abs(env.data.qvel[9:-1].reshape(-1, 6)[block, :3]).max() < 0.02
         released = env.held != block and env.opening > WIDE
@@ -1081,7 +1081,7 @@ def record_file(job):
         with h5py.File(path) as file:
             if file["data"].attrs["env_args"] != env_args:
                 raise ValueError(
-                    f"{path} is of other settings, code or grammar; delete it or record elsewhere"
+                    f"{path} is of other settings, code or grammar; delete it, or gen_data.py --out"
                 )
             return len(file["data"])
     settings = json.loads(env_args)
