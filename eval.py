@@ -1,5 +1,4 @@
-"""Closed-loop evaluation: how often a policy does what the sentence says, in scenes it has never
-seen. Times are for 2 CPU cores.
+"""Closed-loop evaluation: how often a policy does what it is told in unseen scenes. On 2 CPU cores:
 
     python eval.py                                             # 100 episodes of out/ckpt.pt, 30 s
     python eval.py --policies expert,random,policy --controls  # beside ceiling and floor, 6 min
@@ -266,10 +265,10 @@ if __name__ == "__main__":
         "--seed",
         type=int,
         default=TEST_SEED,
-        help="of the first scene; below 1,000,000: for choosing",
+        help="of the first scene; from 0: for choosing",
     )
     add("--tasks", help="all, or a comma list (default: what the checkpoint learned)")
-    add("--split", default="seen", choices=SPLITS, help="what is held out; seen: nothing")
+    add("--split", default="seen", choices=SPLITS, help="seen: as demonstrated, or what is held out")
     add(
         "--randomize",
         type=float,
@@ -316,7 +315,8 @@ if __name__ == "__main__":
             runs.append((model.path, "these sentences", reworded))
     print(f"{len(scenes)} scenes from seed {args.seed}, split {args.split}")
     setting = dict(split=args.split, randomize=args.randomize)
-    rows, episodes = [], []
+    rows = []
+    episodes = []
     for who, control, played in runs:
         results = play_all(played, who, args.set, dict(setting, tasks=tasks))
         about = dict(setting, policy=who, control=control)

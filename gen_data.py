@@ -8,7 +8,8 @@ blocks, coloured pads and a drawer; a sentence says what to do with which of the
 no OpenGL: pixels come from MuJoCo's ray caster. Importing this file does no work.
 
 World frame: origin at the arm's base on the table top, x away from the robot, y to its left, z up;
-metres. In order: numbers, sentences, scene, camera, environment, tasks, expert, demonstrations, file.
+metres. `Env.reset` draws a scene and one of its `requests`, `make_wording` words it, `demonstrate`
+has the `expert` do it, `write_episode` writes it down.
 """
 
 import argparse
@@ -71,9 +72,8 @@ WORKSPACE = np.array([[0.28, -0.32, 0.004], [0.72, 0.32, 0.35]])  # m, box for t
 LIGHT = np.array([0.35, -0.45, 0.82])  # direction towards the light, world frame
 JOINT_MARGIN = 0.02  # rad, kept from the ends of the joints' ranges
 
-# Scene seeds: three ranges that never meet. Demonstrations start at DEMO_SEED + 100_000 * --seed.
-VALID_SEED = 0  # for choosing
-TEST_SEED = 1_500_000  # for reporting, once a release
+# Scene seeds: from 0 for choosing, then for reporting, once a release, then demonstrations'.
+TEST_SEED = 1_500_000
 DEMO_SEED = 2_000_000
 # Random streams of a scene: [seed] itself; [seed, 1] demonstrations, 2 eval.py, 7 world, 8 noise.
 

@@ -565,7 +565,7 @@ class Policy(nn.Module):
         if config.ensemble or not self.chunks:
             chunk = self.look(self.history, language)["actions"][0].numpy(force=True)
             self.chunks.append(chunk[: config.executed])
-        # the oldest most: arXiv:2304.13705
+        # of all chunks if ensemble, the oldest most (arXiv:2304.13705); else there is but one
         weights = np.exp(-0.01 * np.arange(len(self.chunks)))
         action = np.average([chunk[0] for chunk in self.chunks], 0, weights)
         self.chunks = [chunk[1:] for chunk in self.chunks if len(chunk) > 1]

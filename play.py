@@ -6,8 +6,7 @@
     python play.py --seed 3 --attention --out sheet.png    # a contact sheet, with where it looks
 
 Without --out a page opens in the browser, where you type sentences and drag blocks while the robot
-moves. Over SSH forward its port, and open the address that is printed. A picture shows the room
-through the same ray caster that the policy sees with, and beside it all that the policy sees.
+moves. Over SSH forward its port. A picture shows the room and beside it all that the policy sees.
 """
 
 import argparse

@@ -6,10 +6,10 @@
     python train.py --recipe classic --out_dir out_c    # the setting of tutorials
     torchrun --standalone --nproc_per_node=2 train.py   # data-parallel; needs the data
 
-Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on. In
-order: settings, augmentation, sentences, labels in hindsight, demonstrations, losses, optimiser,
-preparation, the loop, score. Letters of shapes are model.py's; V' and P' are views and patches of
-the newest pictures alone.
+Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on.
+`Demonstrations` loads episodes and labels them in hindsight; its `batch` draws moments, for which
+`Sentences` words anew what was asked; `compute_losses` compares. Letters of shapes are model.py's,
+V' and P' of the newest pictures alone.
 """
 
 import argparse
@@ -178,15 +178,16 @@ def attention_target(uv, side):
 
 # --------------------------------------------------------------------------------- sentences
 class Sentences:
-    """Sentences, worded afresh at every step. requests: [(intent, slots as JSON), ..], sorted;
-    wordings: {intent: sentences with {names} left open}. Makes of them `intents`, such as {"push
-    left": {"block": None, "direction": "left"}}, for Config."""
+    """Sentences, worded afresh at every step, whatever an episode's own was, if there are wordings,
+    {intent: sentences with {names} left open}. requests: [(intent, slots as JSON), ..], sorted.
+    Makes of them Config's `intents`: {"push left": {"block": None, "direction": "left"}}."""
 
     NONE = 16  # sentences in a batch that ask for nothing
 
     def __init__(self, requests, wordings):
         self.wordings = wordings
-        self.requests, self.intents = [], {}
+        self.requests = []
+        self.intents = {}
         for intent, slots in requests:
             slots = json.loads(slots)
             # Words that are no part of the intent are names.
@@ -201,8 +202,8 @@ class Sentences:
         )
 
     def draw(self, requests, rng):
-        """What word() gives for each of these requests (U,), which are indices, and for NONE more
-        that belong to no moment, stacked."""
+        """What word() gives for each of these requests, a list of indices, and for NONE more that
+        belong to no moment, stacked: U in all."""
         asked = [self.requests[request] for request in requests]
         if "none" in self.wordings:
             asked += [("none", {})] * self.NONE
@@ -264,8 +265,7 @@ def hindsight(hand, opening, close, complete):
     | nothing                   | nan                        | where it ends     | here       |
 
     hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted, else
-    nobody knows where it would have gone.
-    """
+    nobody knows where it would have gone."""
     if complete and close[-1] and opening[-1] < EMPTY:
         return pushed(hand)
     half = close & (opening > EMPTY) & (opening < FULL)
@@ -326,14 +326,15 @@ class Demonstrations:
 
     pictures: N tuples of one compressed picture a camera; state (N, S); action (N, A); goal (N, 6) m,
     world frame, where thing and place are; uv (N, 2, V', 2), where those are in each camera's
-    picture, x and y, inside it 0..1; nan: unknown. episode (N,): its episode's number. Of each
+    picture (the place's: below the hand), inside it 0..1; nan: unknown. episode (N,): its episode's number. Of each
     episode: start, end (rows) and request (index in sentences.requests). train, valid: rows to learn
     from, and those of held-out scenes, one in twenty."""
 
     def __init__(self, paths):
         self.pictures = []
         self.state_keys = ()  # not known yet
-        episodes, wordings = [], {}
+        episodes = []
+        wordings = {}
         for path in paths:
             try:
                 with h5py.File(path) as file:
@@ -344,7 +345,7 @@ class Demonstrations:
                         wordings.setdefault(intent, []).extend(sentences.asstr()[:])
             except (KeyError, ValueError, OSError) as error:
                 raise ValueError(f"{path}: {error}") from None
-        # else each sentence stands for itself, and there are no intents
+        # without wordings each sentence stands for itself, and there are no intents
         known = bool(wordings)
         for episode in episodes:
             wordings.setdefault(episode["intent"], [episode["instruction"]])
