@@ -408,12 +408,12 @@ class Env:
     between the fingertips; ee_vel (3,) m/s; gripper (1,) m between the fingers; object_pos and
     target_pos (3,) m: the instructed thing and where it should go, which give the answer away. All
     but images float32. Action: (4,) [dx, dy, dz, gripper] in [-1, 1]; 1 is 3 cm a step; gripper > 0
-    opens, otherwise it closes. Between any policy and the servos stand the clip of the action,
-    WORKSPACE, LEASH and JOINT_MARGIN. info["force"] is the largest contact force on a block so far, N.
+    opens, otherwise it closes. Between a policy and the servos stand the clip of the action, LEASH,
+    WORKSPACE and JOINT_MARGIN. info["force"] is the largest contact force on a block so far, N.
 
     Things are numbered: blocks, then pads, then the drawer's handle. `command` and `q_command` are
     where hand and joints are to be, `ee_pos` and `data` where they are; `ik_data` is scratch. qpos
-    is seven joints, two fingers, seven numbers of each block, the drawer; ctrl joints and gripper."""
+    is seven joints, two fingers, seven numbers a block, the drawer; ctrl is joints and gripper."""
 
     def __init__(
         self,
@@ -1056,7 +1056,7 @@ def write_episode(file, index, attrs, frames):
         attrs: total (of steps), env_args (JSON: the world, a hash of this file and of the grammar)
         demo_0 -> episode_0
 
-    Another robot's file needs pictures, ee_pos, gripper, actions, and the instruction; cameras/ and wordings/ make training quicker."""
+    Another robot's file needs pictures, ee_pos, gripper, actions, and the instruction."""
     name = f"episode_{index}"
     group = file.create_group(name)
     for key in frames[0]:

@@ -667,8 +667,8 @@ class VLA(Policy):
 
     def forward(self, batch):
         """batch: a dict of images (B, V, H, W, 3) uint8 and their shift (B, 2), see Vision; state
-        (B, S); text and true_text, see encode_text, or `heard`, what that makes of them; sentence (B,),
-        which of these each moment has; in training also target (B, K, A) and valid (B, K).
+        (B, S); text and true_text, see encode_text, or `heard`, what that makes of them; sentence
+        (B,), which of these each moment has; in training also target (B, K, A) and valid (B, K).
 
         Returns a dict: what is heard; of pointers, goal (B, G), normalised, and attention (B, 2,
         P), the logarithm of how much they look at the patches of all views in turn; and actions or

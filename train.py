@@ -324,11 +324,11 @@ def frames(dataset):
 class Demonstrations:
     """Everything of the data files in memory, one row for each of N moments:
 
-    pictures: N tuples of one compressed picture a camera; state (N, S); action (N, A); goal (N, 6) m,
-    world frame, where thing and place are; uv (N, 2, V', 2), where those are in each camera's
-    picture (the place's: below the hand), inside it 0..1; nan: unknown. episode (N,): its episode's number. Of each
-    episode: start, end (rows) and request (index in sentences.requests). train, valid: rows to learn
-    from, and those of held-out scenes, one in twenty."""
+    pictures: N tuples of one compressed picture a camera; state (N, S); action (N, A); goal (N, 6)
+    m, world frame, where thing and place are; uv (N, 2, V', 2), where to see them, x and y, inside
+    the picture 0..1; nan: unknown. episode (N,): its episode's number. Of each episode: start, end
+    (rows) and request (index in sentences.requests). train, valid: rows to learn from, and those of
+    held-out scenes, one in twenty."""
 
     def __init__(self, paths):
         self.pictures = []
