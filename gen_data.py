@@ -326,7 +326,6 @@ class RayCamera:
     SKY = (150, 165, 180)
     TABLE = 0  # geom id: the first in SCENE
     CORNERS = np.array(list(itertools.product([-1, 1], repeat=3)))  # (8, 3)
-    NEAR = 0.01  # m, anything nearer may be anywhere in the picture
 
     def __init__(self, model, name, size=IMAGE_SIZE):
         self.model = model
@@ -375,11 +374,10 @@ class RayCamera:
         uv, depth = project(corners, self.matrix(data))
         low = self.size * uv.min(1) - 0.5  # px; a ray goes through a pixel's middle
         high = self.size * uv.max(1) + 0.5
-        edges = np.hstack([low, high])  # (geoms, 4)
-        edges[depth.min(1) < self.NEAR] = [0, 0, self.size, self.size]
-        edges = edges[depth.max(1) > 0].clip(0, self.size).astype(int)
+        edges = np.hstack([low, high]).clip(0, self.size).astype(int)  # (geoms, 4)
+        seen = (edges[:, :2] < edges[:, 2:]).all(1) & (depth.max(1) > 0)
         mask = np.zeros((self.size, self.size), bool)
-        for left, top, right, bottom in edges.tolist():
+        for left, top, right, bottom in edges[seen].tolist():
             mask[top:bottom, left:right] = True
         return np.flatnonzero(mask)
 
