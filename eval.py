@@ -268,7 +268,7 @@ if __name__ == "__main__":
         help="of the first scene; from 0: for choosing",
     )
     add("--tasks", help="all, or a comma list (default: what the checkpoint learned)")
-    add("--split", default="seen", choices=SPLITS, help="seen: as demonstrated, or what is held out")
+    add("--split", default="seen", choices=SPLITS, help="seen, or what is held out")
     add(
         "--randomize",
         type=float,

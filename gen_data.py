@@ -1156,8 +1156,8 @@ if __name__ == "__main__":
     )
     add("--workers", type=int, help="processes (default all cores)")
     args = parser.parse_args()
-    if not 0 <= args.randomize <= 1:
-        raise ValueError("--randomize must be from 0 to 1")
+    if not 0 <= args.randomize <= 1 or args.seed < 0:
+        raise ValueError("--randomize must be from 0 to 1, --seed not below 0")
     # Files that are there already stay, so the same command carries on. What is in a file depends
     # on its own scenes alone, not on the number of workers.
     world = dict(tasks=args.tasks, cameras=args.cameras, randomize=args.randomize)

@@ -92,8 +92,11 @@ RECIPES = dict(
     ),
 )
 # The model's own; its sizes are no flags, as they follow from the data.
-own = [field for field in dataclasses.fields(Config) if field.type in (int, str)]
-own = {field.name: field.default for field in own if not field.name.endswith("_size")}
+own = {
+    field.name: field.default
+    for field in dataclasses.fields(Config)
+    if field.type in (int, str) and not field.name.endswith("_size")
+}
 choices = CHOICES | dict(recipe=RECIPES, optimizer=("muon", "adamw"))
 # --help says what the comments beside the settings say.
 comments = dict(
@@ -122,8 +125,9 @@ saved = load_file(Path(said.resume, "resume.pt")) if said.resume else dict(setti
 parser.set_defaults(**saved["settings"])
 args = parser.parse_args()
 out_dir = Path(args.resume or args.out_dir)
-# what follows from data comes later
-config = Config(**{name: getattr(args, name) for name in own})
+if args.steps < 1:
+    raise ValueError("--steps must be at least 1")
+config = Config(**{name: getattr(args, name) for name in own})  # the rest: see below
 
 RANK = int(os.environ.get("RANK", 0))  # which process, of torchrun's
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -131,9 +135,9 @@ fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
 device = args.device or str(fastest)
 bf16 = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
-# order of sums
+# The order of sums is fixed; filling new memory would cost time and change nothing.
 torch.set_deterministic_debug_mode("warn" if device == "cpu" else "default")
-torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
+torch.utils.deterministic.fill_uninitialized_memory = False
 # The momentum of a unit that died becomes denormal; Intel's cores take 100 times as long with it.
 torch.set_flush_denormal(True)
 
@@ -156,8 +160,7 @@ def shifted(images, uv, most):
     shifted by up to `most` px alike, their edges repeated; where things are in them now, (B, 2, V',
     2), x and y; and by how much they are shifted, (B, 2), y and x, as a share of the picture."""
     size = images.shape[2]
-    move = torch.randint(-most, most + 1, (len(images), 2))  # px, y and x
-    # of rows, of columns
+    move = torch.randint(-most, most + 1, (len(images), 2))  # px, of rows and of columns
     origin = (torch.arange(size) - move[..., None]).clamp(0, size - 1)
     images = [
         views[:, rows][:, :, columns] for views, (rows, columns) in zip(images, origin)
@@ -170,8 +173,7 @@ def attention_target(uv, side):
     """Where things are seen, (B, 2, V', 2), x and y, inside the picture 0..1, nan: unknown, to how
     much attention each patch of these views should have, (B, 2, V' * side * side): that of bilinear
     interpolation, so that the mean place is the thing's."""
-    # patches, (B, 2, V', 2, side)
-    away = (uv[..., None] * side - 0.5 - torch.arange(side)).abs()
+    away = (uv[..., None] * side - 0.5 - torch.arange(side)).abs()  # patches
     x, y = (1 - away).clamp_min(0).nan_to_num().unbind(3)
     return (y[..., None] * x[..., None, :]).flatten(2)
 
