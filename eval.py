@@ -40,7 +40,7 @@ from gen_data import Env, choose, expert, explain_errors, make_instruction, pick
 from model import UNDERSTOOD, VLA, code_version
 
 CONTROLS = ("blind", "blind_shuffled", "deaf", "deaf_shuffled", "swap", "retarget")
-# of episodes, in a row
+# what a row counts episodes by, beside success
 COUNTS = ("original_success", "declined", "wrong_first", "untouched")
 
 
@@ -80,13 +80,13 @@ def play(
     """Plays one scene to its end; returns what came of it, a dict.
 
     policy: of model.py, or "expert" or "random". options: of Env.reset. control: of CONTROLS.
-    wording: what to tell instead of the scene's own sentence, with {names} open. watch(obs) is
-    called before every step, and at the end."""
+    wording: what to tell instead of the scene's own sentence; its {slots} are filled in. watch(obs)
+    is called before every step, and at the end."""
     learned = not isinstance(policy, str)
     if learned:
         policy.reset(seed)
     rng = np.random.default_rng([seed, 2])
-    # tasks take turns with the seeds: it has the same task
+    # tasks take turns with the seeds, so this other scene has the same one
     if control.endswith("shuffled"):
         other_obs, other_info = env.reset(seed + len(env.tasks), options)
     obs, info = env.reset(seed, options)

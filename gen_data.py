@@ -410,7 +410,7 @@ class Env:
     WORKSPACE and JOINT_MARGIN. info["force"] is the largest contact force on a block so far, N.
 
     Things are numbered: blocks, then pads, then the drawer's handle. `command` and `q_command` are
-    where hand and joints are to be, `ee_pos` and `data` where they are; `ik_data` is scratch. qpos
+    where hand and joints should be, `ee_pos` and `data` where they are; `ik_data` is scratch. qpos
     is seven joints, two fingers, seven numbers a block, the drawer; ctrl is joints and gripper."""
 
     def __init__(
@@ -884,7 +884,7 @@ def funnel(across, near):
 
 
 def approach(hand, across, low, above, gripper):
-    """Action that goes `across` (2,) m at TRAVEL height and down to `low` m, for the time being
+    """Action that goes `across` (2,) m at TRAVEL height and down to `low` m, for now
     `above` m higher."""
     height = min(low + above, max(TRAVEL, low))
     if above > 0.03:  # first rise, then travel
@@ -912,7 +912,7 @@ def grasp(env):
 
 
 def carry(env, goal, above):
-    """Brings the thing in the hand to `goal` (3,) m, for the time being `above` m higher."""
+    """Brings the thing in the hand to `goal` (3,) m, for now `above` m higher."""
     load = env.thing_pos[env.held]
     low = goal[2] - 0.003 + env.ee_pos[2] - load[2]
     action = approach(env.ee_pos, (goal - load)[:2], low, above, -1)

@@ -10,15 +10,16 @@
                             ├─ and where the 2 pointers look ──▶ goal ─────────────────────┤
                             └──────────────────────────────────────────────────────────────┴▶ head
 
-A sentence reaches the action like this: `tokenize` hashes the letters of each word, `Text` makes
-them words in their context, `Pointers` looks in the patches for what the words name, `goal` reads
-off where thing and place are from where it looks, `fusion` mixes what it found with the mean word
-and everything else, and the head makes of that several chunks of K actions: one is drawn.
+Read on downwards to follow a sentence to an action; the parts of a policy come in the order of
+their use. Policy.predict calls VLA.forward: `tokenize` hashes the letters of each word, `Text` puts
+words in their context, `Pointers` takes the names from the bare words and looks for them in the
+patches, `goal` is read off where it looks, `fusion` mixes all of it, and from that, goal and state
+the head makes several chunks of K actions: one is drawn. eval.play and Env.step are around it.
 
 Dimension letters, used everywhere: B moments in a batch, V views (pictures of a moment: every
 camera's newest, then the ones before), H W pixels, P patches of all views, of which some are
-`kept`, U sentences, L text tokens, N tokens of any kind, C width, S state numbers, G goal numbers,
-K actions in a chunk, A numbers in an action; n numbers of a token.
+`kept`, U sentences, L text tokens, N tokens of any kind, C width, S state numbers, G numbers of
+where thing and place are, K actions in a chunk, A numbers in an action; n numbers of a token.
 """
 
 import math
@@ -37,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 POINTERS = ("thing", "place")  # what is to be moved, and what it is to be moved to
-DROPPED = -1e4  # log-attention on a patch that was not kept: none
+DROPPED = -1e4  # log-attention on a patch that was not kept: as good as none
 CELL = 4  # px: patches are made of cells of 4x4
 UNDERSTOOD = 0.05  # probability of understands() below which a sentence is declined
 
@@ -56,7 +57,7 @@ class Config:
     state_keys: tuple = ("joint_pos", "ee_pos", "ee_vel", "gripper")
     state_size: int = 14  # S: numbers in them
     goal_size: int = 6  # G: where thing and place are, m
-    action_size: int = 4  # A
+    action_size: int = 4  # A: dx, dy, dz, gripper, see Env in gen_data.py
     image_size: int = 64  # px
     # vision
     vision: str = "vit_stem"  # two small convolutions; vit: a linear map; or cnn
@@ -67,7 +68,7 @@ class Config:
     text: str = "word"  # tokens: words, each by its letters; or letters (char)
     text_encoder: str = "transformer"  # or lstm
     buckets: int = 4096  # rows of the table that parts of words are hashed into
-    pointers: int = 1  # 1: from words to patches, for thing and place; 0: none
+    pointers: int = 1  # 1: one for the thing and one for its place; 0: none
     # fusion
     fusion: str = "attention"  # of one vector a modality; or transformer: of all tokens
     width: int = 128  # C
@@ -113,27 +114,222 @@ class Config:
         return self.execute or (self.chunk + 1) // 2
 
 
+# ---------------------------------------------------------------------------------- policies
+class Policy(nn.Module):
+    """What the VLA and the baseline share: acting in an episode, saving, loading.
+
+    predict() is called at every control step. Now and then it calls look(), for which forward()
+    turns what read_observations() and hear() give into a chunk of actions."""
+
+    def __init__(self, config, head):
+        super().__init__()
+        self.config = config
+        self.head = head
+        self.register_buffer("state_mean", torch.zeros(config.state_size))
+        self.register_buffer("state_std", torch.ones(config.state_size))
+        self.reset()
+
+    def reset(self, seed=0):
+        """Call it when an episode starts. seed: of what a mixture draws in it."""
+        self.sentence = None
+        self.chunks = []  # actions still to come, (k, A) each
+        self.history = []  # the last observations, newest first
+        self.head.dice = np.random.default_rng(seed)
+
+    def predict(self, obs, language=None):
+        """One action (A,) float32 in [-1, 1] for an observation dict and a sentence (`language`).
+        There is a forward pass when the actions of the last one are used up or the sentence is
+        another. Raises ValueError for a sentence too long, or an observation it cannot read."""
+        config = self.config
+        if language != self.sentence:
+            self.chunks = []
+        self.sentence = language
+        self.history = [obs, *self.history][: config.frames]
+        if config.ensemble or not self.chunks:
+            chunk = self.look(self.history, language)["actions"][0].numpy(force=True)
+            self.chunks.append(chunk[: config.executed])
+        # of all chunks if ensemble, the oldest most (arXiv:2304.13705); else there is but one
+        weights = np.exp(-0.01 * np.arange(len(self.chunks)))
+        action = np.average([chunk[0] for chunk in self.chunks], 0, weights)
+        self.chunks = [chunk[1:] for chunk in self.chunks if len(chunk) > 1]
+        return action.astype(np.float32)
+
+    @torch.inference_mode()
+    def look(self, history, sentence):
+        """What forward() makes of the last observations, newest first, and of a sentence."""
+        return self(self.read_observations(history) | dict(heard=self.hear(sentence)))
+
+    def read_observations(self, history):
+        """Observation dicts, newest first, to a batch of one moment: images, shift, state and the
+        number of its sentence, see VLA.forward. If frames are missing, the oldest is repeated."""
+        config = self.config
+        history = history + history[-1:] * (config.frames - len(history))
+        images = [obs[f"{name}_image"] for obs in history for name in config.cameras]
+        size = config.image_size
+        for image in images:
+            if image.shape != (size, size, 3) or image.dtype != np.uint8:
+                raise ValueError(
+                    f"a picture is ({size}, {size}, 3) uint8, not {image.shape}"
+                )
+        state = np.concatenate([np.ravel(history[0][key]) for key in config.state_keys])
+        if len(state) != config.state_size or not np.isfinite(state).all():
+            raise ValueError(
+                f"{config.state_keys} are {config.state_size} finite numbers"
+            )
+        moment = dict(
+            images=torch.from_numpy(np.array(images, np.uint8)),
+            shift=torch.zeros(2),
+            state=torch.from_numpy(state).float(),
+            sentence=torch.tensor(0),  # its number: only one is heard
+        )
+        return {
+            name: tensor[None].to(self.state_mean.device)
+            for name, tensor in moment.items()
+        }
+
+    def hear(self, sentence):
+        """What the policy makes of a sentence, a dict: see VLA.hear; the baseline is deaf."""
+        return {}
+
+    def finish(self, features, batch):
+        """How forward() ends: in actions (B, K, A), or with a target the head's error (B, K, A)."""
+        if "target" in batch:
+            return dict(error=self.head.error(features, batch["target"], batch["valid"]))
+        return dict(actions=self.head(features))
+
+    def understands(self, sentence):
+        """The probability that a sentence asks for something that was taught."""
+        heard = self.hear(sentence)
+        if "intent" not in heard:
+            return 1.0
+        return 1 - heard["intent"].softmax(1)[0, -1].item()
+
+    def save(self, path, **extra):
+        """Writes config, weights and `extra` (plain values) to one file that load() opens."""
+        save_file(
+            path, dict(config=asdict(self.config), weights=self.state_dict(), **extra)
+        )
+
+    @staticmethod
+    def load(path=None):
+        """The policy in a checkpoint; without a path, in out/ckpt.pt or else in assets/ckpt.pt."""
+        if path is None:
+            path = Path("out/ckpt.pt")
+            if not path.exists():
+                path = Path(__file__).parent / "assets/ckpt.pt"
+        saved = load_file(path)
+        config = Config(**saved["config"])
+        model = POLICIES[config.model](config)
+        model.load_state_dict(saved["weights"])
+        model.path = str(path)
+        model.step = saved["step"]
+        model.code = saved.get("code", "unknown")
+        return model.eval()
+
+
+class VLA(Policy):
+    def __init__(self, config):
+        C, G, S = config.width, config.goal_size, config.state_size
+        super().__init__(config, HEADS[config.head](config, C + G * config.pointers + S))
+        self.heard = {}  # {the last sentence: what encode_text() made of it}
+        self.register_buffer("goal_mean", torch.zeros(G))  # m; train.py normalises by it
+        self.register_buffer("goal_std", torch.ones(G))
+        self.vision = Vision(config)
+        self.text = Text(config)
+        self.state = mlp(S, C, C)
+        self.pointers = Pointers(config) if config.pointers else None
+        self.intent = None
+        if config.intents:
+            self.intent = nn.Sequential(
+                nn.LayerNorm(C), nn.Linear(C, len(config.intents))
+            )
+        self.fusion = FUSIONS[config.fusion](config)
+        if config.pointers:
+            spots = len(POINTERS) * 3 * len(config.cameras) * config.frames
+            self.goal = mlp(spots + S, 2 * C, C, G)  # where thing and place are
+
+    @torch.inference_mode()
+    def hear(self, sentence):
+        """encode_text() of one sentence, its names the true ones; kept until there is another."""
+        if sentence not in self.heard:
+            text = tokenize(sentence, self.config)[None].to(self.state_mean.device)
+            self.heard = {sentence: self.encode_text(text, true_text=text)}
+        return self.heard[sentence]
+
+    def encode_text(self, text, true_text):
+        """Sentences (U, L, n) to a dict: `words` (U, L, C) in their context; with pointers, their
+        `queries` (U, 2, C) and the `reading` (U, 2, L), where each finds its name; with intents,
+        `intent` (U, intents), logits of what is asked for. true_text: the same as text; in training
+        alone `text` has other names in place of the true ones, see Sentences in train.py."""
+        words = self.text(text)
+        heard = dict(words=words)
+        if self.intent:
+            heard["intent"] = self.intent(mean_word(words))
+        if self.pointers:
+            bare = self.text.embed(true_text)
+            heard["queries"], heard["reading"] = self.pointers.read(words, bare)
+        return heard
+
+    def forward(self, batch):
+        """batch: a dict of images (B, V, H, W, 3) uint8 and their shift (B, 2), see Vision; state
+        (B, S); text and true_text, see encode_text, or `heard`, what that makes of them; sentence
+        (B,), which of these each moment has; in training also target (B, K, A) and valid (B, K).
+
+        Returns a dict: what is heard; of pointers, goal (B, G), normalised, and attention (B, 2,
+        P), the logarithm of how much they look at the patches of all views in turn; and actions or
+        error, see finish()."""
+        # What is seen, heard and felt.
+        shift = batch["shift"]
+        patches, kept = self.vision(batch["images"], shift)  # (B, kept, C), (B, kept)
+        heard = batch.get("heard") or self.encode_text(batch["text"], batch["true_text"])
+        sentence = batch["sentence"]
+        state = (batch["state"] - self.state_mean) / self.state_std
+        others = self.state(state)[:, None]  # (B, 1, C), and what is found
+        goal = state[:, :0]  # (B, 0), if there are no pointers
+        answer = dict(heard)
+
+        # Where what the sentence names is seen.
+        if self.pointers:
+            found, looking = self.pointers(heard["queries"][sentence], patches)
+            others = torch.cat([others, found], 1)  # (B, 3, C)
+            nowhere = looking.new_full((*found.shape[:2], self.vision.patches), DROPPED)
+            attention = nowhere.scatter(2, kept[:, None].expand_as(looking), looking)
+            spots = spatial_softmax(attention, self.vision.side, shift)
+            goal = self.goal(torch.cat([spots, state], 1))
+            answer |= dict(goal=goal, attention=attention)
+
+        # What is done.
+        x = self.fusion(patches, heard["words"][sentence], others)
+        return answer | self.finish(torch.cat([x, goal, state], 1), batch)
+
+    def request(self, sentence):
+        """What the policy reads in a sentence, (task, slots), or None if it declines it."""
+        reads = self.intent and self.pointers and self.config.text == "word"
+        if not reads or self.understands(sentence) < UNDERSTOOD:
+            return None
+        heard = self.hear(sentence)
+        best = heard["intent"][0, :-1].argmax()
+        intent, slots = list(self.config.intents.items())[best]
+        words = split(sentence)
+        read = [words[i] for i in heard["reading"][0].argmax(1)]
+        names = [slot for slot, word in slots.items() if word is None]
+        return intent.split()[0], slots | dict(zip(names, read))
+
+
+class BC(Policy):
+    """Behaviour cloning from the state, without eyes or words: (B, S) to actions (B, K, A)."""
+
+    def __init__(self, config):
+        super().__init__(config, Continuous(config, config.state_size))
+
+    def forward(self, batch):
+        state = (batch["state"] - self.state_mean) / self.state_std
+        return self.finish(state, batch)
+
+
 # -------------------------------------------------------------------------------------- text
 WORD = r"\w+(?:'\w+)*"
-NGRAMS = 24  # numbers of a token
-
-
-def split(sentence):
-    return re.findall(WORD, sentence.lower().replace("’", "'"))
-
-
-@cache
-def ngrams(word, buckets):
-    """NGRAMS numbers of a word: of itself and its parts of 3 to 5 letters, hashed, as in fastText
-    (arXiv:1607.04606), so that no word is unknown and a misspelt one is much like itself. 0 pads."""
-    word = f"<{word}>"
-    parts = [word]
-    for n in (3, 4, 5):
-        parts += [word[i : i + n] for i in range(len(word) - n + 1)]
-    numbers = [
-        1 + zlib.crc32(part.encode()) % (buckets - 1) for part in dict.fromkeys(parts)
-    ]
-    return (numbers + [0] * NGRAMS)[:NGRAMS]
+NGRAMS = 24  # hashed parts of a token, at most
 
 
 def tokenize(sentence, config):
@@ -148,63 +344,122 @@ def tokenize(sentence, config):
     return torch.tensor(rows or [[0] * NGRAMS])
 
 
-# -------------------------------------------------------------------------------------- parts
-def squared_relu(x):
-    return F.relu(x).square()  # Primer, arXiv:2109.08668
+def split(sentence):
+    return re.findall(WORD, sentence.lower().replace("’", "'"))
 
 
-def block(config):
-    """Pre-norm transformer layer. Its outputs start at zero, so that it starts as the identity."""
-    C = config.width
-    layer = nn.TransformerEncoderLayer(
-        C, config.heads, 4 * C, 0.0, squared_relu, batch_first=True, norm_first=True
-    )
-    # What is added to every key alike changes no attention, so nothing but rounding would move the
-    # biases of keys; Adam made that large steps, until bf16 could not tell logits apart.
-    layer.self_attn.in_proj_bias = None
-    nn.init.zeros_(layer.self_attn.out_proj.weight)
-    nn.init.zeros_(layer.linear2.weight)
-    return layer
+@cache
+def ngrams(word, buckets):
+    """NGRAMS table rows of a word: itself and its parts of 3 to 5 letters, hashed, as in fastText
+    (arXiv:1607.04606), so that no word is unknown and a misspelt one is much like itself. 0 pads."""
+    word = f"<{word}>"
+    parts = [word]
+    for n in (3, 4, 5):
+        parts += [word[i : i + n] for i in range(len(word) - n + 1)]
+    numbers = [
+        1 + zlib.crc32(part.encode()) % (buckets - 1) for part in dict.fromkeys(parts)
+    ]
+    return (numbers + [0] * NGRAMS)[:NGRAMS]
 
 
-def encoder(config, layers):
-    """A stack of them: (B, N, C) to (B, N, C)."""
-    return nn.Sequential(*[block(config) for _ in range(layers)])
+# ----------------------------------------------------------------------------------- language
+class Text(nn.Module):
+    """Sentences (U, L, n) int64 to words in their context (U, L, C), zero where there is padding.
+
+    A convolution tells each word its neighbours before the transformer: which colour is said of
+    which thing is a matter of the words next to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.width
+        self.table = nn.EmbeddingBag(config.buckets, C, mode="sum", padding_idx=0)
+        self.table.weight.data *= 0.3  # row 0, padding, stays zero
+        self.neighbours = nn.Conv1d(C, C, 5, padding=2)
+        self.lstm = None
+        if config.text_encoder == "lstm":
+            self.lstm = nn.LSTM(C, C // 2, batch_first=True, bidirectional=True)
+        else:
+            self.position = nn.Parameter(torch.randn(config.max_text, C) * 0.02)
+            self.blocks = encoder(config, config.layers)
+
+    def embed(self, text):
+        """The words as they are, (U, L, C)."""
+        return self.table(text.flatten(0, 1)).unflatten(0, text.shape[:2])
+
+    def forward(self, text):
+        words = self.embed(text)
+        words = words + self.neighbours(words.mT).mT
+        real = text[..., :1] > 0  # (U, L, 1)
+        if self.lstm:
+            return self.lstm(words)[0] * real
+        words = words + self.position[: text.shape[1]]
+        padding = ~real[..., 0]
+        padding[:, 0] = False  # a sentence without words attends to something
+        for layer in self.blocks:
+            words = layer(words, src_key_padding_mask=padding)
+        return words * real
 
 
-def mlp(*sizes, layer=nn.Linear):
-    """Layers with ReLU between them."""
-    parts = []
-    for pair in pairwise(sizes):
-        parts += [layer(*pair), nn.ReLU()]
-    return nn.Sequential(*parts[:-1])
+def is_padding(tokens):
+    """Which of the tokens (B, N, C) are none, (B, N) bool: Text makes words zero there."""
+    return (tokens == 0).all(2)
+
+
+def mean_word(words):
+    """(U, L, C) to (U, C)."""
+    n = (~is_padding(words)).sum(1, keepdim=True)
+    return words.sum(1) / n.clamp_min(1)
+
+
+class Pointers(nn.Module):
+    """Two queries, for what is to be moved and for its place, that look for one spot each.
+
+    Grammar and meaning are kept apart (arXiv:1904.09708): the words in their context say at which
+    words a pointer finds its name and what kind of thing it is; the name itself is the bare
+    embedding of those words. So colours that never came together in training are no surprise."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.width
+        self.scale = C**-0.5
+        self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
+        self.query = nn.Linear(C, C)
+        self.word_norm = nn.LayerNorm(C)
+        # No biases in keys, see block().
+        self.patch_norm = nn.LayerNorm(C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+
+    def read(self, words, bare):
+        """Words in their context and bare, (U, L, C) each, to queries (U, 2, C), and how much of its
+        name each pointer finds at each word, (U, 2, L), of sum 1."""
+        context = self.word_norm(words)
+        logits = context @ self.roles.T * self.scale  # (U, L, 2)
+        logits = logits.masked_fill(is_padding(words)[..., None], -1e4)
+        reading = logits.softmax(1).mT
+        return self.query(reading @ (context + bare)), reading
+
+    def forward(self, queries, patches):
+        """Queries (B, 2, C) and patches (B, kept, C) to what is found, (B, 2, C), and log-attention
+        (B, 2, kept)."""
+        keys = self.key(self.patch_norm(patches))
+        logits = queries @ keys.mT * self.scale
+        return logits.softmax(-1) @ patches, logits.log_softmax(-1)
+
+
+def spatial_softmax(attention, side, shift):
+    """The mean place of attention (arXiv:1509.06113), (B, 2 * 3 V), from its logarithm (B, 2, P): of
+    each pointer, in each view, how much of its attention is there, and the mean place of that, y and
+    x from the picture's middle, as it was before the shift (B, 2)."""
+    share = attention.float().exp().unflatten(2, (-1, side**2))  # (B, 2, V, side * side)
+    middle = (torch.arange(side, device=shift.device) + 0.5) / side - 0.5
+    place = torch.cartesian_prod(middle, middle) - shift[:, None]  # (B, side * side, 2)
+    total = share.sum(3, keepdim=True)  # (B, 2, V, 1)
+    # A sum, not a matrix product, in which bf16 would be too coarse.
+    place = (share[..., None] * place[:, None, None]).sum(3)  # (B, 2, V, 2)
+    return torch.cat([total, place / (total + 1e-3)], 3).flatten(1)
 
 
 # ------------------------------------------------------------------------------------- vision
-# An embedding turns windows (n, 3, h, w) into tokens (n, C).
-def stem(patch, width):
-    """Two small convolutions, of cells and of all cells of a patch and its margin, where they are
-    needed (early convolutions: arXiv:2106.14881)."""
-    cells = (1 + patch // CELL) ** 2
-    first = nn.Conv2d(3, 64, CELL, CELL)
-    return nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(64 * cells, width))
-
-
-def linear(patch, width):
-    """A linear map of each patch, as in ViT (arXiv:2010.11929)."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * patch**2, width))
-
-
-def cnn(patch, width):
-    """Of whole pictures: three convolutions and the mean over the picture."""
-    conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
-    net = mlp(3, 32, 64, width, layer=conv)
-    return nn.Sequential(net, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-EMBEDDINGS = dict(vit_stem=stem, vit=linear, cnn=cnn)
-
-
 class Vision(nn.Module):
     """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C), and which of the P patches of all views
     they are, (B, kept).
@@ -263,126 +518,35 @@ def sincos_2d(place, width):
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
-# ----------------------------------------------------------------------------------- language
-class Text(nn.Module):
-    """Sentences (U, L, n) int64 to words in their context (U, L, C), zero where there is padding.
-
-    A convolution tells each word its neighbours before the transformer: which colour is said of
-    which thing is a matter of the words next to it."""
-
-    def __init__(self, config):
-        super().__init__()
-        C = config.width
-        self.table = nn.EmbeddingBag(config.buckets, C, mode="sum", padding_idx=0)
-        self.table.weight.data *= 0.3  # of row 0, padding, too: it is zero
-        self.neighbours = nn.Conv1d(C, C, 5, padding=2)
-        self.lstm = None
-        if config.text_encoder == "lstm":
-            self.lstm = nn.LSTM(C, C // 2, batch_first=True, bidirectional=True)
-        else:
-            self.position = nn.Parameter(torch.randn(config.max_text, C) * 0.02)
-            self.blocks = encoder(config, config.layers)
-
-    def embed(self, text):
-        """The words as they are, (U, L, C)."""
-        return self.table(text.flatten(0, 1)).unflatten(0, text.shape[:2])
-
-    def forward(self, text):
-        words = self.embed(text)
-        words = words + self.neighbours(words.mT).mT
-        real = text[..., :1] > 0  # (U, L, 1)
-        if self.lstm:
-            return self.lstm(words)[0] * real
-        words = words + self.position[: text.shape[1]]
-        padding = ~real[..., 0]
-        padding[:, 0] = False  # a sentence without words attends to something, too
-        for layer in self.blocks:
-            words = layer(words, src_key_padding_mask=padding)
-        return words * real
+# An embedding turns windows (n, 3, h, w) into tokens (n, C).
+def stem(patch, width):
+    """Two small convolutions, of cells and of all cells of a patch and its margin, where they are
+    needed (early convolutions: arXiv:2106.14881)."""
+    cells = (1 + patch // CELL) ** 2
+    first = nn.Conv2d(3, 64, CELL, CELL)
+    return nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(64 * cells, width))
 
 
-def is_padding(tokens):
-    """Which of the tokens (B, N, C) are none, (B, N) bool: Text makes words zero there."""
-    return (tokens == 0).all(2)
+def linear(patch, width):
+    """A linear map of each patch, as in ViT (arXiv:2010.11929)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * patch**2, width))
 
 
-def mean_word(words):
-    """(U, L, C) to (U, C)."""
-    n = (~is_padding(words)).sum(1, keepdim=True)
-    return words.sum(1) / n.clamp_min(1)
+def cnn(patch, width):
+    """Of whole pictures: three convolutions and the mean over the picture."""
+    conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
+    net = mlp(3, 32, 64, width, layer=conv)
+    return nn.Sequential(net, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-class Pointers(nn.Module):
-    """Two queries, for what is to be moved and for its place, that look for one spot each.
-
-    Grammar and meaning are kept apart (arXiv:1904.09708): the words in their context say at which
-    words a pointer finds its name and what kind of thing it is; the name itself is the bare
-    embedding of those words. So colours that never came together in training are no surprise."""
-
-    def __init__(self, config):
-        super().__init__()
-        C = config.width
-        self.scale = C**-0.5
-        self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
-        self.query = nn.Linear(C, C)
-        self.word_norm = nn.LayerNorm(C)
-        # No biases in keys, see block().
-        self.patch_norm = nn.LayerNorm(C, bias=False)
-        self.key = nn.Linear(C, C, bias=False)
-
-    def read(self, words, names):
-        """Words in their context and the bare names, (U, L, C) each, to queries (U, 2, C), and how
-        much of its name each pointer finds at each word, (U, 2, L), of sum 1."""
-        context = self.word_norm(words)
-        logits = context @ self.roles.T * self.scale  # (U, L, 2)
-        logits = logits.masked_fill(is_padding(words)[..., None], -1e4)
-        reading = logits.softmax(1).mT
-        return self.query(reading @ (context + names)), reading
-
-    def forward(self, queries, patches):
-        """Queries (B, 2, C) and patches (B, kept, C) to what is found, (B, 2, C), and log-attention
-        (B, 2, kept)."""
-        keys = self.key(self.patch_norm(patches))
-        logits = queries @ keys.mT * self.scale
-        return logits.softmax(-1) @ patches, logits.log_softmax(-1)
-
-
-def spatial_softmax(attention, side, shift):
-    """Where pointers look (arXiv:1509.06113), (B, 2 * 3 V), from their log-attention (B, 2, P): of
-    each, in each view, how much of its attention is there, and the mean place of that, y and x from
-    the picture's middle, as it was before the shift (B, 2)."""
-    share = attention.float().exp().unflatten(2, (-1, side**2))  # (B, 2, V, side * side)
-    middle = (torch.arange(side, device=shift.device) + 0.5) / side - 0.5
-    place = torch.cartesian_prod(middle, middle) - shift[:, None]  # (B, side * side, 2)
-    total = share.sum(3, keepdim=True)  # (B, 2, V, 1)
-    # A sum, not a matrix product, which bf16 would make too coarse.
-    place = (share[..., None] * place[:, None, None]).sum(3)  # (B, 2, V, 2)
-    return torch.cat([total, place / (total + 1e-3)], 3).flatten(1)
+EMBEDDINGS = dict(vit_stem=stem, vit=linear, cnn=cnn)
 
 
 # ------------------------------------------------------------------------------------- fusion
-# A fusion turns patches (B, kept, C), words (B, L, C) and others (B, N, C), what is pointed at and
-# the state, into one vector (B, C).
-class Transformer(nn.Module):
-    """All tokens, with a CLS token that becomes the vector."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.cls = nn.Parameter(torch.randn(config.width) * 0.02)
-        self.blocks = encoder(config, config.layers)
-        self.norm = nn.LayerNorm(config.width)
-
-    def forward(self, patches, words, others):
-        cls = self.cls.expand(len(words), 1, -1)
-        x = torch.cat([cls, others, patches, words], 1)
-        padding = is_padding(x)
-        for layer in self.blocks:
-            x = layer(x, src_key_padding_mask=padding)
-        return self.norm(x[:, 0])
-
-
+# A fusion turns patches (B, kept, C), words (B, L, C) and others (B, N, C), which are the state and
+# what is pointed at, into one vector (B, C).
 class OneEach(nn.Module):
-    """What the others share: one vector for each modality. mix(): (B, n, C) to (B, C)."""
+    """What the fusions below share: one vector a modality. mix(): (B, n, C) to (B, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -419,6 +583,24 @@ class Multiply(OneEach):
 
     def mix(self, x):
         return (1 + torch.einsum("bnc, ncd -> bnd", x, self.maps)).prod(1)
+
+
+class Transformer(nn.Module):
+    """All tokens, with a CLS token that becomes the vector."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.cls = nn.Parameter(torch.randn(config.width) * 0.02)
+        self.blocks = encoder(config, config.layers)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, patches, words, others):
+        cls = self.cls.expand(len(words), 1, -1)
+        x = torch.cat([cls, others, patches, words], 1)
+        padding = is_padding(x)
+        for layer in self.blocks:
+            x = layer(x, src_key_padding_mask=padding)
+        return self.norm(x[:, 0])
 
 
 FUSIONS = dict(
@@ -531,230 +713,36 @@ class Flow(nn.Module):
 HEADS = dict(mixture=Mixture, continuous=Continuous, tokens=Tokens, flow=Flow)
 
 
-# ---------------------------------------------------------------------------------- policies
-class Policy(nn.Module):
-    """What the VLA and the baseline share: acting in an episode, saving, loading.
-
-    predict() is called at every control step. Now and then it calls look(), for which forward()
-    turns what read_observations() and hear() give into a chunk of actions."""
-
-    def __init__(self, config, head):
-        super().__init__()
-        self.config = config
-        self.head = head
-        self.register_buffer("state_mean", torch.zeros(config.state_size))
-        self.register_buffer("state_std", torch.ones(config.state_size))
-        self.reset()
-
-    def reset(self, seed=0):
-        """Call it when an episode starts. seed: of what a mixture draws in it."""
-        self.sentence = None
-        self.chunks = []  # actions still to come, (k, A) each
-        self.history = []  # the last observations, newest first
-        self.head.dice = np.random.default_rng(seed)
-
-    def predict(self, obs, language=None):
-        """One action (A,) float32 in [-1, 1] for an observation dict and a sentence. There is a
-        forward pass when the actions of the last one are used up or the sentence is another. Raises
-        ValueError for a sentence that is too long, or an observation that it cannot read."""
-        config = self.config
-        if language != self.sentence:
-            self.chunks = []
-        self.sentence = language
-        self.history = [obs, *self.history][: config.frames]
-        if config.ensemble or not self.chunks:
-            chunk = self.look(self.history, language)["actions"][0].numpy(force=True)
-            self.chunks.append(chunk[: config.executed])
-        # of all chunks if ensemble, the oldest most (arXiv:2304.13705); else there is but one
-        weights = np.exp(-0.01 * np.arange(len(self.chunks)))
-        action = np.average([chunk[0] for chunk in self.chunks], 0, weights)
-        self.chunks = [chunk[1:] for chunk in self.chunks if len(chunk) > 1]
-        return action.astype(np.float32)
-
-    @torch.inference_mode()
-    def look(self, history, sentence):
-        """What forward() makes of the last observations, newest first, and of a sentence."""
-        return self(self.read_observations(history) | dict(heard=self.hear(sentence)))
-
-    def read_observations(self, history):
-        """Observation dicts, newest first, to a batch of one moment: images, shift, state, sentence,
-        see VLA.forward. Where there are fewer than config.frames, the oldest is repeated."""
-        config = self.config
-        history = history + history[-1:] * (config.frames - len(history))
-        images = [obs[f"{name}_image"] for obs in history for name in config.cameras]
-        size = config.image_size
-        for image in images:
-            if image.shape != (size, size, 3) or image.dtype != np.uint8:
-                raise ValueError(
-                    f"a picture is ({size}, {size}, 3) uint8, not {image.shape}"
-                )
-        state = np.concatenate([np.ravel(history[0][key]) for key in config.state_keys])
-        if len(state) != config.state_size or not np.isfinite(state).all():
-            raise ValueError(
-                f"{config.state_keys} are {config.state_size} finite numbers"
-            )
-        moment = dict(
-            images=torch.from_numpy(np.array(images, np.uint8)),
-            shift=torch.zeros(2),
-            state=torch.from_numpy(state).float(),
-            sentence=torch.tensor(0),  # the first and only one
-        )
-        return {
-            name: tensor[None].to(self.state_mean.device)
-            for name, tensor in moment.items()
-        }
-
-    def hear(self, sentence):
-        """What the policy makes of a sentence, a dict: the VLA overrides it, the baseline is deaf."""
-        return {}
-
-    def act(self, features, batch):
-        """How forward() ends: in actions (B, K, A), or with a target the head's error (B, K, A)."""
-        if "target" in batch:
-            return dict(error=self.head.error(features, batch["target"], batch["valid"]))
-        return dict(actions=self.head(features))
-
-    def understands(self, sentence):
-        """The probability that a sentence asks for something that was taught."""
-        heard = self.hear(sentence)
-        if "intent" not in heard:
-            return 1.0
-        return 1 - heard["intent"].softmax(1)[0, -1].item()
-
-    def save(self, path, **extra):
-        """Writes config, weights and `extra` (plain values) to one file that load() opens."""
-        save_file(
-            path, dict(config=asdict(self.config), weights=self.state_dict(), **extra)
-        )
-
-    @staticmethod
-    def load(path=None):
-        """The policy in a checkpoint; without a path, in out/ckpt.pt or else in assets/ckpt.pt."""
-        if path is None:
-            path = Path("out/ckpt.pt")
-            if not path.exists():
-                path = Path(__file__).parent / "assets/ckpt.pt"
-        saved = load_file(path)
-        config = Config(**saved["config"])
-        model = POLICIES[config.model](config)
-        model.load_state_dict(saved["weights"])
-        model.path = str(path)
-        model.step = saved["step"]
-        model.code = saved.get("code", "unknown")
-        return model.eval()
+# -------------------------------------------------------------------------------------- parts
+def squared_relu(x):
+    return F.relu(x).square()  # Primer, arXiv:2109.08668
 
 
-class VLA(Policy):
-    def __init__(self, config):
-        C, G, S = config.width, config.goal_size, config.state_size
-        super().__init__(config, HEADS[config.head](config, C + G * config.pointers + S))
-        self.heard = {}  # {the last sentence: what encode_text() made of it}
-        self.register_buffer("goal_mean", torch.zeros(G))
-        self.register_buffer("goal_std", torch.ones(G))
-        self.vision = Vision(config)
-        self.text = Text(config)
-        self.state = mlp(S, C, C)
-        self.pointers = Pointers(config) if config.pointers else None
-        self.intent = None
-        if config.intents:
-            self.intent = nn.Sequential(
-                nn.LayerNorm(C), nn.Linear(C, len(config.intents))
-            )
-        self.fusion = FUSIONS[config.fusion](config)
-        if config.pointers:
-            spots = len(POINTERS) * 3 * len(config.cameras) * config.frames
-            self.goal = mlp(spots + S, 2 * C, C, G)  # where thing and place are
-
-    def forward(self, batch):
-        """batch: a dict of images (B, V, H, W, 3) uint8 and their shift (B, 2), see Vision; state
-        (B, S); text and true_text, see encode_text, or `heard`, what that makes of them; sentence
-        (B,), which of these each moment has; in training also target (B, K, A) and valid (B, K).
-
-        Returns a dict: what is heard; of pointers, goal (B, G), normalised, and attention (B, 2,
-        P), the logarithm of how much they look at the patches of all views in turn; and actions or
-        error, see act()."""
-        # What is seen, heard and felt.
-        shift = batch["shift"]
-        patches, kept = self.vision(batch["images"], shift)  # (B, kept, C), (B, kept)
-        heard = batch.get("heard") or self.encode_text(batch["text"], batch["true_text"])
-        sentence = batch["sentence"]
-        state = (batch["state"] - self.state_mean) / self.state_std
-        others = self.state(state)[:, None]  # (B, 1, C)
-        goal = state[:, :0]  # without pointers, no numbers
-        answer = dict(heard)
-
-        # Where what the sentence names is seen.
-        if self.pointers:
-            found, looking = self.pointers(heard["queries"][sentence], patches)
-            others = torch.cat([others, found], 1)  # (B, 3, C)
-            nowhere = looking.new_full((*found.shape[:2], self.vision.patches), DROPPED)
-            attention = nowhere.scatter(2, kept[:, None].expand_as(looking), looking)
-            spots = spatial_softmax(attention, self.vision.side, shift)
-            goal = self.goal(torch.cat([spots, state], 1))
-            answer |= dict(goal=goal, attention=attention)
-
-        # What is done.
-        x = self.fusion(patches, heard["words"][sentence], others)
-        return answer | self.act(torch.cat([x, goal, state], 1), batch)
-
-    def encode_text(self, text, true_text):
-        """Sentences (U, L, n) to a dict: `words` (U, L, C) in their context; with pointers, their
-        `queries` (U, 2, C) and the `reading` (U, 2, L), where each finds its name; with intents,
-        `intent` (U, intents), logits of what is asked for. true_text: the same sentences with
-        their true names, which train.py shuffles in `text`, see Sentences.word there."""
-        words = self.text(text)
-        heard = dict(words=words)
-        if self.intent:
-            heard["intent"] = self.intent(mean_word(words))
-        if self.pointers:
-            bare = self.text.embed(true_text)
-            heard["queries"], heard["reading"] = self.pointers.read(words, bare)
-        return heard
-
-    @torch.inference_mode()
-    def hear(self, sentence):
-        """encode_text() of one sentence, which is kept until there is another."""
-        if sentence not in self.heard:
-            text = tokenize(sentence, self.config)[None].to(self.state_mean.device)
-            # nothing is shuffled
-            self.heard = {sentence: self.encode_text(text, true_text=text)}
-        return self.heard[sentence]
-
-    def request(self, sentence):
-        """What the policy reads in a sentence, (task, slots), or None if it declines it."""
-        reads = self.intent and self.pointers and self.config.text == "word"
-        if not reads or self.understands(sentence) < UNDERSTOOD:
-            return None
-        heard = self.hear(sentence)
-        best = heard["intent"][0, :-1].argmax()
-        intent, slots = list(self.config.intents.items())[best]
-        words = split(sentence)
-        read = [words[i] for i in heard["reading"][0].argmax(1)]
-        names = [slot for slot, word in slots.items() if word is None]
-        return intent.split()[0], slots | dict(zip(names, read))
+def block(config):
+    """Pre-norm transformer layer. Its outputs start at zero, so that it starts as the identity."""
+    C = config.width
+    layer = nn.TransformerEncoderLayer(
+        C, config.heads, 4 * C, 0.0, squared_relu, batch_first=True, norm_first=True
+    )
+    # What is added to every key alike changes no attention, so nothing but rounding would move the
+    # biases of keys; Adam made that large steps, until bf16 could not tell logits apart.
+    layer.self_attn.in_proj_bias = None
+    nn.init.zeros_(layer.self_attn.out_proj.weight)
+    nn.init.zeros_(layer.linear2.weight)
+    return layer
 
 
-class BC(Policy):
-    """Behaviour cloning from the state, without eyes or words: (B, S) to actions (B, K, A)."""
-
-    def __init__(self, config):
-        super().__init__(config, Continuous(config, config.state_size))
-
-    def forward(self, batch):
-        state = (batch["state"] - self.state_mean) / self.state_std
-        return self.act(state, batch)
+def encoder(config, layers):
+    """A stack of them: (B, N, C) to (B, N, C)."""
+    return nn.Sequential(*[block(config) for _ in range(layers)])
 
 
-POLICIES = dict(vla=VLA, bc=BC)
-CHOICES = dict(  # of Config's fields that are names
-    model=POLICIES,
-    vision=EMBEDDINGS,
-    text=("word", "char"),
-    text_encoder=("transformer", "lstm"),
-    fusion=FUSIONS,
-    head=HEADS,
-    loss=("l1", "mse"),
-)
+def mlp(*sizes, layer=nn.Linear):
+    """Layers with ReLU between them."""
+    parts = []
+    for pair in pairwise(sizes):
+        parts += [layer(*pair), nn.ReLU()]
+    return nn.Sequential(*parts[:-1])
 
 
 # ------------------------------------------------------------------------------------- files
@@ -783,3 +771,15 @@ def code_version():
     # By a shell, to which a machine without git is no exception.
     git = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
     return git.stdout.strip() or "unknown"
+
+
+POLICIES = dict(vla=VLA, bc=BC)
+CHOICES = dict(  # of Config's fields that are names
+    model=POLICIES,
+    vision=EMBEDDINGS,
+    text=("word", "char"),
+    text_encoder=("transformer", "lstm"),
+    fusion=FUSIONS,
+    head=HEADS,
+    loss=("l1", "mse"),
+)

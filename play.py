@@ -6,7 +6,8 @@
     python play.py --seed 3 --attention --out sheet.png    # a contact sheet, with where it looks
 
 Without --out a page opens in the browser, where you type sentences and drag blocks while the robot
-moves. Over SSH forward its port. A picture shows the room and beside it all that the policy sees.
+moves: Stage.step. Over SSH forward its port. A picture shows the room and beside it all that the
+policy sees; for that eval.py's play() plays the scene.
 """
 
 import argparse
@@ -91,10 +92,11 @@ class Room(RayCamera):
 
 
 def look_inside(policy, obs, sentence):
-    """How much each pointer looks at each pixel, (V, 2, H, W), in one forward pass."""
-    attention = policy.look([obs], sentence)["attention"][0].exp()  # (2, P)
+    """How much each pointer looks at each pixel, (V, 2, H, W), in one forward pass. It is a copy's,
+    so that the policy draws no other actions because somebody looked."""
+    attention = copy.deepcopy(policy).look([obs], sentence)["attention"][0]  # (2, P)
     side = policy.vision.side
-    grid = attention.unflatten(1, (-1, side, side)).transpose(0, 1)  # (V, 2, side, side)
+    grid = attention.exp().unflatten(1, (-1, side, side)).transpose(0, 1)
     return torch.nn.functional.interpolate(grid, policy.config.image_size).numpy()
 
 
@@ -126,9 +128,7 @@ def understand(policy, sentence):
     """What the policy reads in a sentence, (task, slots). Raises ValueError if it declines it."""
     request = policy.request(sentence)
     if not request:
-        raise ValueError(
-            f"{sentence!r} does not seem to ask for anything that it was taught"
-        )
+        raise ValueError(f"the policy reads nothing in {sentence!r} that it was taught")
     return request
 
 
@@ -273,7 +273,7 @@ class Stage:
             )
 
     def live(self):
-        """Moves the robot in real time, for ever."""
+        """Moves the robot in real time, forever."""
         while True:
             start = time.perf_counter()
             with self.lock:
@@ -444,7 +444,7 @@ if __name__ == "__main__":
         stage.do_scene(seeds[0], args.randomize)
         if args.instruction:
             stage.do_say(args.instruction)
-        serve(stage, args)  # for ever
+        serve(stage, args)  # forever
     if args.out.suffix not in (".gif", ".png"):
         raise ValueError(f"--out must end in .gif or .png, not {args.out}")
     save([film(policy, env, seed, args) for seed in seeds], args.out)
