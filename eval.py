@@ -45,14 +45,6 @@ COUNTS = ("original_success", "declined", "wrong_first", "untouched")
 
 
 # ----------------------------------------------------------------------------------- playing
-def action_of(policy, env, obs, told, rng):
-    if policy == "expert":
-        return expert(env)
-    if policy == "random":
-        return rng.uniform(-1, 1, len(ACTION_NAMES))
-    return policy.predict(obs, told)
-
-
 def fill_in(wording, slots):
     """The sentence of a wording: each {name} in it is the word of that slot."""
     for slot, word in slots.items():
@@ -134,6 +126,14 @@ def play(
         untouched=not success and touched is None,
         steps=env.steps,
     )
+
+
+def action_of(policy, env, obs, told, rng):
+    if policy == "expert":
+        return expert(env)
+    if policy == "random":
+        return rng.uniform(-1, 1, len(ACTION_NAMES))
+    return policy.predict(obs, told)
 
 
 def load(path, changes):

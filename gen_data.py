@@ -576,22 +576,22 @@ class Env:
 
     # -- stepping
     def step(self, action):
-        """One control step (50 ms): obs, reward, terminated, truncated, info. terminated is
-        success, or a simulation that diverged (info["diverged"])."""
+        """One control step (50 ms): moves `command`, which the hand follows. Returns obs, reward,
+        terminated, truncated, info; terminated: success, or it diverged (info["diverged"])."""
         action = np.asarray(action, np.float64)
         if action.shape != (len(ACTION_NAMES),) or not np.isfinite(action).all():
             raise ValueError(
                 f"an action is {len(ACTION_NAMES)} finite numbers, not {action!r}"
             )
-        if self.late:
+        if self.late:  # in some changed worlds actions come a step late
             action, self.delayed = self.delayed, action
         action = action.clip(-1, 1)
         target = (self.command + action[:3] * ACTION_SCALE).clip(*WORKSPACE)
         self.command = self.ee_pos + (target - self.ee_pos).clip(-LEASH, LEASH)
-        before = self.q_command
+        joints = self.q_command
         self._solve_ik(self.command)
         self.data.ctrl[7] = GRIPPER_OPEN if action[-1] > 0 else 0.0
-        for servos in np.linspace(before, self.q_command, RAMP + 1)[1:]:
+        for servos in np.linspace(joints, self.q_command, RAMP + 1)[1:]:
             self.data.ctrl[:7] = servos
             mujoco.mj_step(self.model, self.data, SUBSTEPS)
             self.force = max(self.force, *self.data.sensordata[::3])  # normal forces

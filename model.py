@@ -19,7 +19,7 @@ the head makes several chunks of K actions: one is drawn. eval.play and Env.step
 Dimension letters, used everywhere: B moments in a batch, V views (pictures of a moment: every
 camera's newest, then the ones before), H W pixels, P patches of all views, of which some are
 `kept`, U sentences, L text tokens, N tokens of any kind, C width, S state numbers, G numbers of
-where thing and place are, K actions in a chunk, A numbers in an action; n numbers of a token.
+where thing and place are, K actions in a chunk, A numbers in an action.
 """
 
 import math
@@ -68,7 +68,7 @@ class Config:
     text: str = "word"  # tokens: words, each by its letters; or letters (char)
     text_encoder: str = "transformer"  # or lstm
     buckets: int = 4096  # rows of the table that parts of words are hashed into
-    pointers: int = 1  # 1: one for the thing and one for its place; 0: none
+    pointers: int = 1  # 1: those of POINTERS; 0: none
     # fusion
     fusion: str = "attention"  # of one vector a modality; or transformer: of all tokens
     width: int = 128  # C
@@ -132,7 +132,7 @@ class Policy(nn.Module):
     def reset(self, seed=0):
         """Call it when an episode starts. seed: of what a mixture draws in it."""
         self.sentence = None
-        self.chunks = []  # actions still to come, (k, A) each
+        self.plans = []  # what is left of chunks, (k, A) each; one, unless ensemble
         self.history = []  # the last observations, newest first
         self.head.dice = np.random.default_rng(seed)
 
@@ -142,16 +142,17 @@ class Policy(nn.Module):
         another. Raises ValueError for a sentence too long, or an observation it cannot read."""
         config = self.config
         if language != self.sentence:
-            self.chunks = []
+            self.plans = []
         self.sentence = language
         self.history = [obs, *self.history][: config.frames]
-        if config.ensemble or not self.chunks:
+        if config.ensemble or not self.plans:
             chunk = self.look(self.history, language)["actions"][0].numpy(force=True)
-            self.chunks.append(chunk[: config.executed])
-        # of all chunks if ensemble, the oldest most (arXiv:2304.13705); else there is but one
-        weights = np.exp(-0.01 * np.arange(len(self.chunks)))
-        action = np.average([chunk[0] for chunk in self.chunks], 0, weights)
-        self.chunks = [chunk[1:] for chunk in self.chunks if len(chunk) > 1]
+            self.plans.append(chunk[: config.executed])
+        # There is one plan; if ensemble, one from each step, the oldest weighing most
+        # (arXiv:2304.13705).
+        weights = np.exp(-0.01 * np.arange(len(self.plans)))
+        action = np.average([plan[0] for plan in self.plans], 0, weights)
+        self.plans = [plan[1:] for plan in self.plans if len(plan) > 1]
         return action.astype(np.float32)
 
     @torch.inference_mode()
@@ -178,7 +179,7 @@ class Policy(nn.Module):
             )
         moment = dict(
             images=torch.from_numpy(np.array(images, np.uint8)),
-            shift=torch.zeros(2),
+            shift=torch.zeros(2),  # only training shifts pictures
             state=torch.from_numpy(state).float(),
             sentence=torch.tensor(0),  # its number: only one is heard
         )
@@ -188,11 +189,12 @@ class Policy(nn.Module):
         }
 
     def hear(self, sentence):
-        """What the policy makes of a sentence, a dict: see VLA.hear; the baseline is deaf."""
+        """What VLA.hear makes of a sentence; the baseline, which is deaf, nothing."""
         return {}
 
     def finish(self, features, batch):
-        """How forward() ends: in actions (B, K, A), or with a target the head's error (B, K, A)."""
+        """How forward() ends: in actions (B, K, A), or with a target (B, K, A), of which `valid`
+        (B, K) counts, in the head's error (B, K, A)."""
         if "target" in batch:
             return dict(error=self.head.error(features, batch["target"], batch["valid"]))
         return dict(actions=self.head(features))
@@ -257,7 +259,7 @@ class VLA(Policy):
         return self.heard[sentence]
 
     def encode_text(self, text, true_text):
-        """Sentences (U, L, n) to a dict: `words` (U, L, C) in their context; with pointers, their
+        """Sentences (U, L, NGRAMS) to a dict: `words` (U, L, C) in their context; with pointers, their
         `queries` (U, 2, C) and the `reading` (U, 2, L), where each finds its name; with intents,
         `intent` (U, intents), logits of what is asked for. true_text: the same as text; in training
         alone `text` has other names in place of the true ones, see Sentences in train.py."""
@@ -271,26 +273,26 @@ class VLA(Policy):
         return heard
 
     def forward(self, batch):
-        """batch: a dict of images (B, V, H, W, 3) uint8 and their shift (B, 2), see Vision; state
-        (B, S); text and true_text, see encode_text, or `heard`, what that makes of them; sentence
-        (B,), which of these each moment has; in training also target (B, K, A) and valid (B, K).
+        """batch: a dict of images (B, V, H, W, 3) uint8; shift (B, 2), by how much training moved
+        them; state (B, S); text and true_text, see encode_text, or `heard`, what that makes of them;
+        sentence (B,), which of these each moment has; when training target and valid, see finish().
 
         Returns a dict: what is heard; of pointers, goal (B, G), normalised, and attention (B, 2,
         P), the logarithm of how much they look at the patches of all views in turn; and actions or
         error, see finish()."""
-        # What is seen, heard and felt.
+        # What is heard, seen and felt.
+        heard = batch.get("heard") or self.encode_text(batch["text"], batch["true_text"])
+        number = batch["sentence"]  # (B,), which of the U heard
         shift = batch["shift"]
         patches, kept = self.vision(batch["images"], shift)  # (B, kept, C), (B, kept)
-        heard = batch.get("heard") or self.encode_text(batch["text"], batch["true_text"])
-        sentence = batch["sentence"]
         state = (batch["state"] - self.state_mean) / self.state_std
         others = self.state(state)[:, None]  # (B, 1, C), and what is found
-        goal = state[:, :0]  # (B, 0), if there are no pointers
+        goal = state[:, :0]  # (B, 0), which it stays without pointers
         answer = dict(heard)
 
         # Where what the sentence names is seen.
         if self.pointers:
-            found, looking = self.pointers(heard["queries"][sentence], patches)
+            found, looking = self.pointers(heard["queries"][number], patches)
             others = torch.cat([others, found], 1)  # (B, 3, C)
             nowhere = looking.new_full((*found.shape[:2], self.vision.patches), DROPPED)
             attention = nowhere.scatter(2, kept[:, None].expand_as(looking), looking)
@@ -299,7 +301,7 @@ class VLA(Policy):
             answer |= dict(goal=goal, attention=attention)
 
         # What is done.
-        x = self.fusion(patches, heard["words"][sentence], others)
+        x = self.fusion(patches, heard["words"][number], others)
         return answer | self.finish(torch.cat([x, goal, state], 1), batch)
 
     def request(self, sentence):
@@ -362,9 +364,8 @@ def ngrams(word, buckets):
     return (numbers + [0] * NGRAMS)[:NGRAMS]
 
 
-# ----------------------------------------------------------------------------------- language
 class Text(nn.Module):
-    """Sentences (U, L, n) int64 to words in their context (U, L, C), zero where there is padding.
+    """Sentences (U, L, NGRAMS) int64 to words in their context (U, L, C), zero where there is padding.
 
     A convolution tells each word its neighbours before the transformer: which colour is said of
     which thing is a matter of the words next to it."""
@@ -409,54 +410,6 @@ def mean_word(words):
     """(U, L, C) to (U, C)."""
     n = (~is_padding(words)).sum(1, keepdim=True)
     return words.sum(1) / n.clamp_min(1)
-
-
-class Pointers(nn.Module):
-    """Two queries, for what is to be moved and for its place, that look for one spot each.
-
-    Grammar and meaning are kept apart (arXiv:1904.09708): the words in their context say at which
-    words a pointer finds its name and what kind of thing it is; the name itself is the bare
-    embedding of those words. So colours that never came together in training are no surprise."""
-
-    def __init__(self, config):
-        super().__init__()
-        C = config.width
-        self.scale = C**-0.5
-        self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
-        self.query = nn.Linear(C, C)
-        self.word_norm = nn.LayerNorm(C)
-        # No biases in keys, see block().
-        self.patch_norm = nn.LayerNorm(C, bias=False)
-        self.key = nn.Linear(C, C, bias=False)
-
-    def read(self, words, bare):
-        """Words in their context and bare, (U, L, C) each, to queries (U, 2, C), and how much of its
-        name each pointer finds at each word, (U, 2, L), of sum 1."""
-        context = self.word_norm(words)
-        logits = context @ self.roles.T * self.scale  # (U, L, 2)
-        logits = logits.masked_fill(is_padding(words)[..., None], -1e4)
-        reading = logits.softmax(1).mT
-        return self.query(reading @ (context + bare)), reading
-
-    def forward(self, queries, patches):
-        """Queries (B, 2, C) and patches (B, kept, C) to what is found, (B, 2, C), and log-attention
-        (B, 2, kept)."""
-        keys = self.key(self.patch_norm(patches))
-        logits = queries @ keys.mT * self.scale
-        return logits.softmax(-1) @ patches, logits.log_softmax(-1)
-
-
-def spatial_softmax(attention, side, shift):
-    """The mean place of attention (arXiv:1509.06113), (B, 2 * 3 V), from its logarithm (B, 2, P): of
-    each pointer, in each view, how much of its attention is there, and the mean place of that, y and
-    x from the picture's middle, as it was before the shift (B, 2)."""
-    share = attention.float().exp().unflatten(2, (-1, side**2))  # (B, 2, V, side * side)
-    middle = (torch.arange(side, device=shift.device) + 0.5) / side - 0.5
-    place = torch.cartesian_prod(middle, middle) - shift[:, None]  # (B, side * side, 2)
-    total = share.sum(3, keepdim=True)  # (B, 2, V, 1)
-    # A sum, not a matrix product, in which bf16 would be too coarse.
-    place = (share[..., None] * place[:, None, None]).sum(3)  # (B, 2, V, 2)
-    return torch.cat([total, place / (total + 1e-3)], 3).flatten(1)
 
 
 # ------------------------------------------------------------------------------------- vision
@@ -542,6 +495,55 @@ def cnn(patch, width):
 EMBEDDINGS = dict(vit_stem=stem, vit=linear, cnn=cnn)
 
 
+# ----------------------------------------------------------------------------------- pointers
+class Pointers(nn.Module):
+    """Two queries, for what is to be moved and for its place, that look for one spot each.
+
+    Grammar and meaning are kept apart (arXiv:1904.09708): the words in their context say at which
+    words a pointer finds its name and what kind of thing it is; the name itself is the bare
+    embedding of those words. So colours that never came together in training are no surprise."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.width
+        self.scale = C**-0.5
+        self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
+        self.query = nn.Linear(C, C)
+        self.word_norm = nn.LayerNorm(C)
+        # No biases in keys, see block().
+        self.patch_norm = nn.LayerNorm(C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+
+    def read(self, words, bare):
+        """Words in their context and bare, (U, L, C) each, to queries (U, 2, C), and how much of its
+        name each pointer finds at each word, (U, 2, L), of sum 1."""
+        context = self.word_norm(words)
+        logits = context @ self.roles.T * self.scale  # (U, L, 2)
+        logits = logits.masked_fill(is_padding(words)[..., None], -1e4)
+        reading = logits.softmax(1).mT
+        return self.query(reading @ (context + bare)), reading
+
+    def forward(self, queries, patches):
+        """Queries (B, 2, C) and patches (B, kept, C) to what is found, (B, 2, C), and log-attention
+        (B, 2, kept)."""
+        keys = self.key(self.patch_norm(patches))
+        logits = queries @ keys.mT * self.scale
+        return logits.softmax(-1) @ patches, logits.log_softmax(-1)
+
+
+def spatial_softmax(attention, side, shift):
+    """The mean place of attention (arXiv:1509.06113), (B, 2 * 3 V), from its logarithm (B, 2, P): of
+    each pointer, in each view, how much of its attention is there, and the mean place of that, y and
+    x from the picture's middle, as it was before the shift (B, 2)."""
+    share = attention.float().exp().unflatten(2, (-1, side**2))  # (B, 2, V, side * side)
+    middle = (torch.arange(side, device=shift.device) + 0.5) / side - 0.5
+    place = torch.cartesian_prod(middle, middle) - shift[:, None]  # (B, side * side, 2)
+    total = share.sum(3, keepdim=True)  # (B, 2, V, 1)
+    # A sum, not a matrix product, in which bf16 would be too coarse.
+    place = (share[..., None] * place[:, None, None]).sum(3)  # (B, 2, V, 2)
+    return torch.cat([total, place / (total + 1e-3)], 3).flatten(1)
+
+
 # ------------------------------------------------------------------------------------- fusion
 # A fusion turns patches (B, kept, C), words (B, L, C) and others (B, N, C), which are the state and
 # what is pointed at, into one vector (B, C).
@@ -562,7 +564,7 @@ class Attention(OneEach):
     """The vectors attend to each other once and are averaged."""
 
     def build(self, config, n, C):
-        self.block = block(config)
+        self.block = block(config)  # a transformer layer
 
     def mix(self, x):
         return self.block(x).mean(1)

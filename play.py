@@ -366,17 +366,15 @@ class Page(BaseHTTPRequestHandler):
             super().handle()
 
     def log_message(self, *_):
-        """Nothing is printed of each request."""
+        """Prints nothing about a request."""
 
 
 def serve(stage, args):
     """A page in the browser, until Ctrl-C."""
     try:
         server = ThreadingHTTPServer((args.host, args.port), Page)
-    except OSError as error:
-        raise ValueError(
-            f"{args.host}:{args.port}: {error.strerror}; --port 0 takes a free one"
-        )
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{args.host}:{args.port}: {error}; --port 0 takes a free one")
     server.stage = stage
     server.names = "localhost", "127.0.0.1", args.host
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -277,7 +277,7 @@ def play(job):
         if args.gif and seed == args.seed and step % 4 == 0:
             film.append(Image.fromarray(scene.picture("corner2", FILM)))
         if policy:
-            look = always or not policy.chunks  # between plans no picture is looked at
+            look = always or not policy.plans  # between plans no picture is looked at
             action = policy.predict(scene.observe(look), sentences[seed % len(sentences)])
         else:
             action = scene.ask_expert()
