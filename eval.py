@@ -113,7 +113,7 @@ def play(
             break
     watch(obs)
     declined = learned and policy.understands(told) < UNDERSTOOD
-    success = info["success"] and not declined
+    success = info["success"] and not declined  # it was played all the same
     touched = info["touched"]  # the colour of the block that was touched first
     return info | dict(
         seed=seed,

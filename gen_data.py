@@ -588,7 +588,7 @@ class Env:
         action = action.clip(-1, 1)
         target = (self.command + action[:3] * ACTION_SCALE).clip(*WORKSPACE)
         self.command = self.ee_pos + (target - self.ee_pos).clip(-LEASH, LEASH)
-        joints = self.q_command
+        joints = self.q_command  # which _solve_ik replaces
         self._solve_ik(self.command)
         self.data.ctrl[7] = GRIPPER_OPEN if action[-1] > 0 else 0.0
         for servos in np.linspace(joints, self.q_command, RAMP + 1)[1:]:
@@ -615,8 +615,8 @@ class Env:
         )
 
     def _solve_ik(self, target):
-        """One damped least-squares step of the commanded joints towards the hand at `target`,
-        pointing down, so they lag a little; what six equations leave free drifts back to HOME."""
+        """One damped least-squares step of the commanded joints, which brings the hand nearer to
+        `target`, pointing down; what six equations leave free drifts back to HOME."""
         m, d = self.model, self.ik_data
         d.qpos[:7] = self.q_command
         mujoco.mj_kinematics(m, d)
@@ -1108,7 +1108,7 @@ def record_file(job):
 # -------------------------------------------------------------------------------------- script
 def explain_errors():
     """What a script does about errors: what the user can mend is one sentence and exit status 2,
-    Ctrl-C and SIGTERM are status 130. PICOVLA_TRACEBACK=1 in the environment shows the traceback."""
+    Ctrl-C and SIGTERM are 130. PICOVLA_TRACEBACK=1 in the environment shows the traceback."""
 
     def explain(kind, error, trace):
         atexit._run_exitfuncs()  # os._exit would not

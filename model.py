@@ -1,7 +1,7 @@
 """The whole vision-language-action model, and a behaviour-cloning baseline.
 
     front_image ──┐ conv stem   ┌──────────┐
-    wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ P tokens ─mean▶ 1 ┐
+    wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ kept P ───mean▶ 1 ┐
                                 └──────────┘  │                    │
                                          2 pointers ───────────▶ 2 ┤  ┌─────────────┐
     "pick up the red block .." ▶│ text, 2  │──┴▶ L tokens ─mean▶ 1 ┼─▶│ attention,  │─mean─┐
@@ -147,9 +147,9 @@ class Policy(nn.Module):
         self.history = [obs, *self.history][: config.frames]
         if config.ensemble or not self.plans:
             chunk = self.look(self.history, language)["actions"][0].numpy(force=True)
-            self.plans.append(chunk[: config.executed])
-        # There is one plan; if ensemble, one from each step, the oldest weighing most
-        # (arXiv:2304.13705).
+            self.plans.append(chunk[: config.executed])  # half of them by default
+        # The next action of the only plan; if ensemble, the mean of those of one plan from each
+        # step, the oldest weighing most (arXiv:2304.13705).
         weights = np.exp(-0.01 * np.arange(len(self.plans)))
         action = np.average([plan[0] for plan in self.plans], 0, weights)
         self.plans = [plan[1:] for plan in self.plans if len(plan) > 1]
@@ -181,7 +181,7 @@ class Policy(nn.Module):
             images=torch.from_numpy(np.array(images, np.uint8)),
             shift=torch.zeros(2),  # only training shifts pictures
             state=torch.from_numpy(state).float(),
-            sentence=torch.tensor(0),  # its number: only one is heard
+            number=torch.tensor(0),  # of its sentence: only one is heard
         )
         return {
             name: tensor[None].to(self.state_mean.device)
@@ -252,14 +252,14 @@ class VLA(Policy):
 
     @torch.inference_mode()
     def hear(self, sentence):
-        """encode_text() of one sentence, its names the true ones; kept until there is another."""
+        """encode_text() of one sentence; kept until there is another."""
         if sentence not in self.heard:
             text = tokenize(sentence, self.config)[None].to(self.state_mean.device)
             self.heard = {sentence: self.encode_text(text, true_text=text)}
         return self.heard[sentence]
 
     def encode_text(self, text, true_text):
-        """Sentences (U, L, NGRAMS) to a dict: `words` (U, L, C) in their context; with pointers, their
+        """Sentences (U, L, NGRAMS) to a dict: `words` (U, L, C) in context; with pointers, their
         `queries` (U, 2, C) and the `reading` (U, 2, L), where each finds its name; with intents,
         `intent` (U, intents), logits of what is asked for. true_text: the same as text; in training
         alone `text` has other names in place of the true ones, see Sentences in train.py."""
@@ -274,33 +274,33 @@ class VLA(Policy):
 
     def forward(self, batch):
         """batch: a dict of images (B, V, H, W, 3) uint8; shift (B, 2), by how much training moved
-        them; state (B, S); text and true_text, see encode_text, or `heard`, what that makes of them;
-        sentence (B,), which of these each moment has; when training target and valid, see finish().
+        them; state (B, S); text and true_text, see encode_text, or `heard`, what it makes of them;
+        number (B,), which of these each moment has; when training target and valid, see finish().
 
         Returns a dict: what is heard; of pointers, goal (B, G), normalised, and attention (B, 2,
         P), the logarithm of how much they look at the patches of all views in turn; and actions or
         error, see finish()."""
         # What is heard, seen and felt.
         heard = batch.get("heard") or self.encode_text(batch["text"], batch["true_text"])
-        number = batch["sentence"]  # (B,), which of the U heard
+        number = batch["number"]  # (B,), which of the U sentences heard
         shift = batch["shift"]
-        patches, kept = self.vision(batch["images"], shift)  # (B, kept, C), (B, kept)
+        patches, kept = self.vision(batch["images"], shift)  # (B, kept, C), and which
         state = (batch["state"] - self.state_mean) / self.state_std
         others = self.state(state)[:, None]  # (B, 1, C), and what is found
         goal = state[:, :0]  # (B, 0), which it stays without pointers
         answer = dict(heard)
 
-        # Where what the sentence names is seen.
+        # Where what the sentence names is seen; looking and attention are logarithms.
         if self.pointers:
             found, looking = self.pointers(heard["queries"][number], patches)
             others = torch.cat([others, found], 1)  # (B, 3, C)
             nowhere = looking.new_full((*found.shape[:2], self.vision.patches), DROPPED)
             attention = nowhere.scatter(2, kept[:, None].expand_as(looking), looking)
-            spots = spatial_softmax(attention, self.vision.side, shift)
+            spots = mean_places(attention, self.vision.side, shift)
             goal = self.goal(torch.cat([spots, state], 1))
             answer |= dict(goal=goal, attention=attention)
 
-        # What is done.
+        # What is done: finish() calls the head.
         x = self.fusion(patches, heard["words"][number], others)
         return answer | self.finish(torch.cat([x, goal, state], 1), batch)
 
@@ -335,7 +335,7 @@ NGRAMS = 24  # hashed parts of a token, at most
 
 
 def tokenize(sentence, config):
-    """A sentence to (L, NGRAMS) int64: of each word, or letter, its ngrams. One without words is one
+    """A sentence to (L, NGRAMS) int64: of each word, or letter, its ngrams. Without words it is one
     row of padding. Raises ValueError for a sentence that is too long."""
     tokens = split(sentence)
     if config.text == "char":
@@ -353,7 +353,7 @@ def split(sentence):
 @cache
 def ngrams(word, buckets):
     """NGRAMS table rows of a word: itself and its parts of 3 to 5 letters, hashed, as in fastText
-    (arXiv:1607.04606), so that no word is unknown and a misspelt one is much like itself. 0 pads."""
+    (arXiv:1607.04606), so that no word is unknown and a misspelt one is like itself. 0 pads."""
     word = f"<{word}>"
     parts = [word]
     for n in (3, 4, 5):
@@ -365,7 +365,7 @@ def ngrams(word, buckets):
 
 
 class Text(nn.Module):
-    """Sentences (U, L, NGRAMS) int64 to words in their context (U, L, C), zero where there is padding.
+    """Sentences (U, L, NGRAMS) int64 to words in their context (U, L, C), zero at padding.
 
     A convolution tells each word its neighbours before the transformer: which colour is said of
     which thing is a matter of the words next to it."""
@@ -381,7 +381,7 @@ class Text(nn.Module):
             self.lstm = nn.LSTM(C, C // 2, batch_first=True, bidirectional=True)
         else:
             self.position = nn.Parameter(torch.randn(config.max_text, C) * 0.02)
-            self.blocks = encoder(config, config.layers)
+            self.blocks = encoder(config, config.layers)  # a transformer
 
     def embed(self, text):
         """The words as they are, (U, L, C)."""
@@ -414,7 +414,7 @@ def mean_word(words):
 
 # ------------------------------------------------------------------------------------- vision
 class Vision(nn.Module):
-    """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C), and which of the P patches of all views
+    """Pictures (B, V, H, W, 3) uint8 to tokens (B, kept, C), and which of all views' P patches
     they are, (B, kept).
 
     Bare table is most of every picture. Only the patches with the pixels farthest from the
@@ -499,9 +499,9 @@ EMBEDDINGS = dict(vit_stem=stem, vit=linear, cnn=cnn)
 class Pointers(nn.Module):
     """Two queries, for what is to be moved and for its place, that look for one spot each.
 
-    Grammar and meaning are kept apart (arXiv:1904.09708): the words in their context say at which
-    words a pointer finds its name and what kind of thing it is; the name itself is the bare
-    embedding of those words. So colours that never came together in training are no surprise."""
+    Grammar and meaning are kept apart (arXiv:1904.09708): words in context say where a pointer's
+    name stands and what kind of thing it is, but not the name, which training swaps there; that is
+    in the bare words. So colours that never came together in training are no surprise."""
 
     def __init__(self, config):
         super().__init__()
@@ -515,8 +515,8 @@ class Pointers(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
 
     def read(self, words, bare):
-        """Words in their context and bare, (U, L, C) each, to queries (U, 2, C), and how much of its
-        name each pointer finds at each word, (U, 2, L), of sum 1."""
+        """Words in context and bare, (U, L, C) each, to queries (U, 2, C), and how much of its name
+        each pointer finds at each word, (U, 2, L), of sum 1."""
         context = self.word_norm(words)
         logits = context @ self.roles.T * self.scale  # (U, L, 2)
         logits = logits.masked_fill(is_padding(words)[..., None], -1e4)
@@ -531,10 +531,10 @@ class Pointers(nn.Module):
         return logits.softmax(-1) @ patches, logits.log_softmax(-1)
 
 
-def spatial_softmax(attention, side, shift):
-    """The mean place of attention (arXiv:1509.06113), (B, 2 * 3 V), from its logarithm (B, 2, P): of
-    each pointer, in each view, how much of its attention is there, and the mean place of that, y and
-    x from the picture's middle, as it was before the shift (B, 2)."""
+def mean_places(attention, side, shift):
+    """Where pointers look, (B, 2 * 3 V), from their log-attention (B, 2, P), in the manner of a
+    spatial softmax (arXiv:1509.06113): of each, in each view, how much of its attention is there,
+    and the mean place of that, y and x from the picture's middle, before the shift (B, 2)."""
     share = attention.float().exp().unflatten(2, (-1, side**2))  # (B, 2, V, side * side)
     middle = (torch.arange(side, device=shift.device) + 0.5) / side - 0.5
     place = torch.cartesian_prod(middle, middle) - shift[:, None]  # (B, side * side, 2)
@@ -645,7 +645,7 @@ class Mixture(nn.Module):
         drawn = [
             self.dice.choice(self.MODES, p=p) for p in log_prob.exp().numpy(force=True)
         ]
-        return chunks[torch.arange(len(x)), ..., drawn]
+        return chunks[torch.arange(len(x)), ..., drawn]  # (B, K, A)
 
     def error(self, x, target, valid):
         """The negative log-likelihood of the target, in units of an action, alike for a chunk."""

@@ -444,7 +444,7 @@ def make_batch(model, observations, sentence):
     """What VLA.forward takes; sentence: which of SENTENCES each moment has."""
     read = [model.read_observations([obs]) for obs in observations]
     batch = {name: torch.cat([moment[name] for moment in read]) for name in read[0]}
-    return batch | texts(model, SENTENCES) | dict(sentence=torch.tensor(sentence))
+    return batch | texts(model, SENTENCES) | dict(number=torch.tensor(sentence))
 
 
 def fit(model, loss, steps, rate):

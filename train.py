@@ -219,8 +219,8 @@ class Sentences:
         )
 
     def word(self, intent, names, rng):
-        """One sentence: text and true_text (L, n), the number of its intent, and spoken (2,), at
-        which words it names thing and place, -1: at none. names: {slot: word}. The policy reads
+        """One sentence: text and true_text (L, NGRAMS), the number of its intent, and spoken (2,),
+        at which words it names thing and place, -1: at none. names: {slot: word}. The policy reads
         `text` in context and takes only the names from `true_text`, so that it cannot learn
         combinations of them by heart:
 
@@ -257,17 +257,17 @@ REACH = 0.03  # m from the hand to the middle of what it pushes
 
 
 def hindsight(hand, opening, close, complete):
-    """What an episode turned out to be about, by the robot's own numbers: where the thing was, where
-    it was to go, and the point there that the place's pointer should look at, each (T, 3) m, or (3,)
-    if it is the same at all moments, or nan: unknown.
+    """What an episode turned out to be about, by the robot's own numbers: where the thing was,
+    where it was to go, and the point there that the place's pointer should look at, each (T, 3) m,
+    or (3,) if it is the same at all moments, or nan: unknown.
 
     | in the hand               | thing                      | place             | done by    |
     | nothing, and it ends shut | ahead of the hand          | beyond that       | pushed()   |
     | something                 | where it closes next       | where it opens    | moved()    |
     | nothing                   | nan                        | where it ends     | here       |
 
-    hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted, else
-    nobody knows where it would have gone."""
+    hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted,
+    else nobody knows where it would have gone."""
     if complete and close[-1] and opening[-1] < EMPTY:
         return pushed(hand)
     half = close & (opening > EMPTY) & (opening < FULL)
@@ -448,9 +448,9 @@ class Demonstrations:
         return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape))
 
     def batch(self, rows, rng, augment=False):
-        """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and goal (B,
-        G), normalised, nan: unknown; spot (B, 2, P'), the attention that thing and place should
-        have; intent (U,), the number of what each sentence asks for; spoken (U, 2), see Sentences."""
+        """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and goal
+        (B, G), normalised, nan: unknown; spot (B, 2, P'), the attention that thing and place should
+        have; intent (U,), the number of what a sentence asks for; spoken (U, 2), see Sentences."""
         rows = torch.from_numpy(rows)
         images = self.pictures_of(rows)
         uv = self.uv[rows]
@@ -463,13 +463,13 @@ class Demonstrations:
         episode = self.episode[rows]
         ahead = rows[:, None] + torch.arange(config.chunk)
         end = self.end[episode, None]  # beyond it nothing is known
-        requests, sentence = self.request[episode].unique(return_inverse=True)
+        requests, number = self.request[episode].unique(return_inverse=True)
         batch = dict(
             self.sentences.draw(requests.tolist(), rng),
             images=images,
             shift=shift,
             state=self.state[rows],
-            sentence=sentence,
+            number=number,
             target=self.action[ahead.minimum(end - 1)],
             valid=ahead < end,
             goal=(self.goal[rows] - self.goal_mean) / self.goal_std,
