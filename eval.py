@@ -98,7 +98,7 @@ def play(
         told = other_info["instruction"]
     elif control == "swap":
         told, obs = tell_another(env, rng)
-    switch = rng.integers(5, 40) if control == "retarget" else None  # control step
+    switch = rng.integers(5, 40) if control == "retarget" else None  # of env.steps
     original_steps = 0  # in a row, with the scene's own request fulfilled, under swap
     while True:
         watch(obs)

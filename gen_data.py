@@ -406,8 +406,8 @@ class Env:
     between the fingertips; ee_vel (3,) m/s; gripper (1,) m between the fingers; object_pos and
     target_pos (3,) m: the instructed thing and where it should go, which give the answer away. All
     but images float32. Action: (4,) [dx, dy, dz, gripper] in [-1, 1]; 1 is 3 cm a step; gripper > 0
-    opens, otherwise it closes. Between a policy and the servos stand the clip of the action, LEASH,
-    WORKSPACE and JOINT_MARGIN. info["force"] is the largest contact force on a block so far, N.
+    opens, otherwise it closes. Between a policy and the servos stand the action's clip, WORKSPACE,
+    LEASH and JOINT_MARGIN. info["force"] is the largest contact force on a block so far, N.
 
     Things are numbered: blocks, then pads, then the drawer's handle. `command` and `q_command` are
     where hand and joints should be, `ee_pos` and `data` where they are; `ik_data` is scratch. qpos
@@ -588,10 +588,10 @@ class Env:
         action = action.clip(-1, 1)
         target = (self.command + action[:3] * ACTION_SCALE).clip(*WORKSPACE)
         self.command = self.ee_pos + (target - self.ee_pos).clip(-LEASH, LEASH)
-        joints = self.q_command  # which _solve_ik replaces
+        start = self.q_command  # which _solve_ik replaces
         self._solve_ik(self.command)
         self.data.ctrl[7] = GRIPPER_OPEN if action[-1] > 0 else 0.0
-        for servos in np.linspace(joints, self.q_command, RAMP + 1)[1:]:
+        for servos in np.linspace(start, self.q_command, RAMP + 1)[1:]:
             self.data.ctrl[:7] = servos
             mujoco.mj_step(self.model, self.data, SUBSTEPS)
             self.force = max(self.force, *self.data.sensordata[::3])  # normal forces

@@ -13,7 +13,7 @@
 Read on downwards to follow a sentence to an action; the parts of a policy come in the order of
 their use. Policy.predict calls VLA.forward: `tokenize` hashes the letters of each word, `Text` puts
 words in their context, `Pointers` takes the names from the bare words and looks for them in the
-patches, `goal` is read off where it looks, `fusion` mixes all of it, and from that, goal and state
+patches, `goal` is read off where they look, `fusion` mixes all of it, and from that, goal and state
 the head makes several chunks of K actions: one is drawn. eval.play and Env.step are around it.
 
 Dimension letters, used everywhere: B moments in a batch, V views (pictures of a moment: every
@@ -157,7 +157,7 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def look(self, history, sentence):
-        """What forward() makes of the last observations, newest first, and of a sentence."""
+        """One forward pass: of the last observations, newest first, and of a sentence."""
         return self(self.read_observations(history) | dict(heard=self.hear(sentence)))
 
     def read_observations(self, history):
@@ -189,12 +189,12 @@ class Policy(nn.Module):
         }
 
     def hear(self, sentence):
-        """What VLA.hear makes of a sentence; the baseline, which is deaf, nothing."""
+        """Nothing: the baseline is deaf. A sentence enters by VLA.hear, below."""
         return {}
 
     def finish(self, features, batch):
-        """How forward() ends: in actions (B, K, A), or with a target (B, K, A), of which `valid`
-        (B, K) counts, in the head's error (B, K, A)."""
+        """The end of forward(): actions (B, K, A) or, given a target (B, K, A), the head's error
+        (B, K, A), of which `valid` (B, K) counts."""
         if "target" in batch:
             return dict(error=self.head.error(features, batch["target"], batch["valid"]))
         return dict(actions=self.head(features))
@@ -247,8 +247,8 @@ class VLA(Policy):
             )
         self.fusion = FUSIONS[config.fusion](config)
         if config.pointers:
-            spots = len(POINTERS) * 3 * len(config.cameras) * config.frames
-            self.goal = mlp(spots + S, 2 * C, C, G)  # where thing and place are
+            spots = len(POINTERS) * 3 * len(config.cameras) * config.frames  # share, y, x
+            self.goal = mlp(spots + S, 2 * C, C, G)
 
     @torch.inference_mode()
     def hear(self, sentence):
@@ -286,16 +286,16 @@ class VLA(Policy):
         shift = batch["shift"]
         patches, kept = self.vision(batch["images"], shift)  # (B, kept, C), and which
         state = (batch["state"] - self.state_mean) / self.state_std
-        others = self.state(state)[:, None]  # (B, 1, C), and what is found
+        others = self.state(state)[:, None]  # (B, 1, C); what is found is added
         goal = state[:, :0]  # (B, 0), which it stays without pointers
         answer = dict(heard)
 
-        # Where what the sentence names is seen; looking and attention are logarithms.
+        # What pointers find, and where: log-attention to kept patches, then to all P.
         if self.pointers:
-            found, looking = self.pointers(heard["queries"][number], patches)
+            found, log_kept = self.pointers(heard["queries"][number], patches)
             others = torch.cat([others, found], 1)  # (B, 3, C)
-            nowhere = looking.new_full((*found.shape[:2], self.vision.patches), DROPPED)
-            attention = nowhere.scatter(2, kept[:, None].expand_as(looking), looking)
+            dropped = log_kept.new_full((*found.shape[:2], self.vision.patches), DROPPED)
+            attention = dropped.scatter(2, kept[:, None].expand_as(log_kept), log_kept)
             spots = mean_places(attention, self.vision.side, shift)
             goal = self.goal(torch.cat([spots, state], 1))
             answer |= dict(goal=goal, attention=attention)
@@ -352,8 +352,8 @@ def split(sentence):
 
 @cache
 def ngrams(word, buckets):
-    """NGRAMS table rows of a word: itself and its parts of 3 to 5 letters, hashed, as in fastText
-    (arXiv:1607.04606), so that no word is unknown and a misspelt one is like itself. 0 pads."""
+    """NGRAMS rows of Text.table for a word: itself and its parts of 3 to 5 letters, hashed as in
+    fastText (arXiv:1607.04606): no word is unknown, and a misspelt one is like itself. 0 pads."""
     word = f"<{word}>"
     parts = [word]
     for n in (3, 4, 5):
@@ -384,7 +384,7 @@ class Text(nn.Module):
             self.blocks = encoder(config, config.layers)  # a transformer
 
     def embed(self, text):
-        """The words as they are, (U, L, C)."""
+        """The bare words, (U, L, C)."""
         return self.table(text.flatten(0, 1)).unflatten(0, text.shape[:2])
 
     def forward(self, text):
@@ -473,8 +473,8 @@ def sincos_2d(place, width):
 
 # An embedding turns windows (n, 3, h, w) into tokens (n, C).
 def stem(patch, width):
-    """Two small convolutions, of cells and of all cells of a patch and its margin, where they are
-    needed (early convolutions: arXiv:2106.14881)."""
+    """Early convolutions (arXiv:2106.14881): one of each cell; the second is a linear map of the
+    cells of a patch and its margin, at kept patches alone."""
     cells = (1 + patch // CELL) ** 2
     first = nn.Conv2d(3, 64, CELL, CELL)
     return nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(64 * cells, width))
@@ -534,7 +534,7 @@ class Pointers(nn.Module):
 def mean_places(attention, side, shift):
     """Where pointers look, (B, 2 * 3 V), from their log-attention (B, 2, P), in the manner of a
     spatial softmax (arXiv:1509.06113): of each, in each view, how much of its attention is there,
-    and the mean place of that, y and x from the picture's middle, before the shift (B, 2)."""
+    and the mean place of that, y and x from the picture's middle, before the shift."""
     share = attention.float().exp().unflatten(2, (-1, side**2))  # (B, 2, V, side * side)
     middle = (torch.arange(side, device=shift.device) + 0.5) / side - 0.5
     place = torch.cartesian_prod(middle, middle) - shift[:, None]  # (B, side * side, 2)
