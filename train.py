@@ -7,7 +7,7 @@
     torchrun --standalone --nproc_per_node=2 train.py   # data-parallel; needs the data
 
 Leaves ckpt.pt, resume.pt and log.jsonl in --out_dir. Ctrl-C saves; `--resume out` carries on.
-`Demonstrations` loads episodes and labels them in hindsight; its `batch` draws moments, for which
+`Demonstrations` loads episodes and labels them in hindsight; its `batch` takes moments, for which
 `Sentences` words anew what was asked; `compute_losses` compares. Letters of shapes are model.py's,
 V' and P' of the newest pictures alone.
 """
@@ -180,8 +180,8 @@ def attention_target(uv, side):
 
 # --------------------------------------------------------------------------------- sentences
 class Sentences:
-    """Sentences, worded afresh at every step, whatever an episode's own was, if there are wordings,
-    {intent: sentences with {names} left open}. requests: [(intent, slots as JSON), ..], sorted.
+    """Sentences, worded afresh at every step if there are wordings, {intent: sentences with {names}
+    left open}; else an episode's own. requests: [(intent, slots as JSON), ..], sorted.
     Makes of them Config's `intents`: {"push left": {"block": None, "direction": "left"}}."""
 
     NONE = 16  # sentences in a batch that ask for nothing
@@ -204,12 +204,12 @@ class Sentences:
         )
 
     def draw(self, requests, rng):
-        """What word() gives for each of these requests, a list of indices, and for NONE more that
-        belong to no moment, stacked: U in all."""
+        """phrase() for these requests, indices without repeats, so once for all moments that have
+        one, and for NONE more that belong to no moment, stacked: U in all."""
         asked = [self.requests[request] for request in requests]
         if "none" in self.wordings:
             asked += [("none", {})] * self.NONE
-        worded = [self.word(*request, rng) for request in asked]
+        worded = [self.phrase(*request, rng) for request in asked]
         text, true_text, intent, spoken = zip(*worded)
         return dict(
             text=pad_sequence(text, True),
@@ -218,7 +218,7 @@ class Sentences:
             spoken=torch.stack(spoken),
         )
 
-    def word(self, intent, names, rng):
+    def phrase(self, intent, names, rng):
         """One sentence: text and true_text (L, NGRAMS), the number of its intent, and spoken (2,),
         at which words it names thing and place, -1: at none. names: {slot: word}. The policy reads
         `text` in context and takes only the names from `true_text`, so that it cannot learn
@@ -231,9 +231,9 @@ class Sentences:
         choice = self.wordings[intent]
         wording = choice[rng.integers(len(choice))]
         blanks = re.findall(r"{(\w+)}", wording)
-        # Where nothing is asked for, any name will do; if there are too few, the slot's own.
+        # Random names of the vocabulary; if there are too few, the bare slot: "block".
         shuffled = dict(zip(blanks, [*rng.permutation(self.vocabulary), *blanks]))
-        true = shuffled | names
+        true = shuffled | names  # where nothing is asked for, they stay random
         spoken = torch.full([len(POINTERS)], -1)
         if config.pointers and config.text == "word":
             for pointer, slot in zip(range(len(POINTERS)), names):
@@ -241,7 +241,7 @@ class Sentences:
                 if named:
                     spoken[pointer] = len(split(before))
         else:
-            shuffled = true
+            shuffled = true  # names are learned in their context
         text = tokenize(wording.format(**shuffled), config)
         true_text = tokenize(wording.format(**true), config)
         return text, true_text, list(self.intents).index(intent), spoken
@@ -251,7 +251,7 @@ class Sentences:
 # How far the gripper is open with a thing in it, as a share of its widest: from EMPTY to FULL.
 EMPTY = 0.1
 FULL = 0.65
-UNDER = 0.04  # m from a hand that lets go down to what lies below the thing: a pad 3, a block 5 cm
+UNDER = 0.04  # m from the opening hand down to what lies below the thing: a pad 3, a block 5 cm
 PUSHED = 0.08  # m that a push moves a thing, at the least
 REACH = 0.03  # m from the hand to the middle of what it pushes
 
@@ -292,14 +292,14 @@ def moved(hand, held, close):
     """
     moments = np.flatnonzero(held)
     following = np.searchsorted(moments, np.arange(len(hand))).clip(max=len(moments) - 1)
-    thing = hand[moments[following]]  # where the hand closes next, or is
+    thing = hand[moments[following]]  # where it is held, or will be next
     place = hand[close][-1]
     return thing, place, np.nan if close[-1] else place - [0, 0, UNDER]
 
 
 def pushed(hand):
     """The hand ended shut with nothing in it: it went behind the thing and pushed it straight on.
-    Until then the thing lay where the push began.
+    Before that it lay where the push began. Its place is PUSHED ahead of it all the way.
 
     hand   ╲
             └▶ thing ───────▶ end ─ ─ ─▶ place
@@ -314,7 +314,7 @@ def pushed(hand):
 
 
 # ---------------------------------------------------------------------------- demonstrations
-def frames(dataset):
+def packed(dataset):
     """The pictures of an episode, each compressed, as they are in the file if it has them so."""
     if dataset.compression == "gzip" and dataset.chunks == (1, *dataset.shape[1:]):
         return [
@@ -324,13 +324,13 @@ def frames(dataset):
 
 
 class Demonstrations:
-    """Everything of the data files in memory, one row for each of N moments:
+    """Everything of the data files, see write_episode(), in memory, a row for each of N moments:
 
     pictures: N tuples of one compressed picture a camera; state (N, S); action (N, A); goal (N, 6)
     m, world frame, where thing and place are; uv (N, 2, V', 2), where to see them, x and y, inside
     the picture 0..1; nan: unknown. episode (N,): its episode's number. Of each episode: start, end
-    (rows) and request (index in sentences.requests). train, valid: rows to learn from, and those of
-    held-out scenes, one in twenty."""
+    (rows) and request (index in sentences.requests). train, held_out: rows to learn from, and those
+    of other scenes, one in twenty."""
 
     def __init__(self, paths):
         self.pictures = []
@@ -372,7 +372,7 @@ class Demonstrations:
             [episode["scene_seed"] for episode in episodes], return_inverse=True
         )
         held_out = (scene % 20 == 0)[self.episode]
-        self.train, self.valid = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         self.goal_mean, self.goal_std = self.spread(self.goal)
 
     def load(self, episode, number):
@@ -402,7 +402,7 @@ class Demonstrations:
         action = read("actions")
         if np.abs(action).max() > 1:
             raise ValueError(f"{episode.name}/actions must be from -1 to 1")
-        views = [frames(episode[f"observations/{name}_image"]) for name in self.cameras]
+        views = [packed(episode[f"observations/{name}_image"]) for name in self.cameras]
         self.pictures += zip(*views)
         sentence = episode.attrs["instruction"]
         about = dict(intent=sentence, slots="{}", task="demonstrated", interrupted=False)
@@ -420,7 +420,7 @@ class Demonstrations:
     def label(self, episode, opening):
         """Adds goal and uv to an episode, see hindsight(). opening (T,), share."""
         hand = episode["hand"]
-        close = episode["action"][:, -1] < 0
+        close = episode["action"][:, -1] < 0  # the command
         labels = hindsight(hand, opening, close, not episode["interrupted"])
         _, thing, place, seen = np.broadcast_arrays(hand, *labels)
         episode["goal"] = np.hstack([thing, place])
@@ -438,9 +438,9 @@ class Demonstrations:
 
     def pictures_of(self, rows):
         """Pictures (B, V, H, W, 3) uint8 of these rows (B,), the newest of each camera first."""
-        history = rows[:, None] - torch.arange(config.frames)
-        history = history.maximum(self.start[self.episode[rows], None])
-        moments = [self.pictures[row] for row in history.flatten()]
+        past = rows[:, None] - torch.arange(config.frames)
+        past = past.maximum(self.start[self.episode[rows], None])
+        moments = [self.pictures[row] for row in past.flatten()]
         raw = bytearray().join(
             zlib.decompress(view) for moment in moments for view in moment
         )
@@ -449,8 +449,8 @@ class Demonstrations:
 
     def batch(self, rows, rng, augment=False):
         """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and goal
-        (B, G), normalised, nan: unknown; spot (B, 2, P'), the attention that thing and place should
-        have; intent (U,), the number of what a sentence asks for; spoken (U, 2), see Sentences."""
+        (B, G), normalised, nan: unknown; spot (B, 2, P'), wanted attention. Each different request
+        has one sentence: intent (U,), the number of what it asks; spoken (U, 2), see Sentences."""
         rows = torch.from_numpy(rows)
         images = self.pictures_of(rows)
         uv = self.uv[rows]
@@ -480,7 +480,7 @@ class Demonstrations:
 
 # ------------------------------------------------------------------------------------ losses
 def compute_losses(net, batch):
-    """The terms of the loss on a batch, by name: how far off are the actions, the read-out of thing
+    """The terms of the loss on a batch, by name: the error of the head, of the read-out of thing
     and place (smooth L1, normalised), the attention on their patches, and what a sentence asks for
     and where its names are (cross-entropy)."""
     with autocast:
@@ -494,9 +494,9 @@ def compute_losses(net, batch):
         terms["goal"] = error / known.sum().clamp_min(1)
     if "attention" in found and config.vision != "cnn":
         spot = batch["spot"]
-        # of the newest pictures
+        # logarithms, of the newest pictures
         attention = found["attention"].float()[..., : spot.shape[2]]
-        spot = spot * (attention > DROPPED / 2)  # which bf16 rounds
+        spot = spot * (attention > DROPPED / 2)  # at kept patches
         terms["attention"] = -(
             (attention * spot).sum(2) / spot.sum(2).clamp_min(1e-6)
         ).mean()
@@ -591,7 +591,7 @@ paths = sorted(glob.glob(f"{data}/*.h5") or glob.glob(data))
 if not paths:
     raise ValueError(f"there is no {data}; gen_data.py makes demonstrations")
 demos = Demonstrations(paths)
-complete = dataclasses.replace(
+full = dataclasses.replace(
     config,
     cameras=demos.cameras,
     tasks=demos.tasks,
@@ -603,7 +603,7 @@ complete = dataclasses.replace(
 )
 
 torch.manual_seed(args.seed)
-model = POLICIES[config.model](complete)
+model = POLICIES[config.model](full)
 model.state_mean, model.state_std = demos.spread(demos.state)
 if config.model == "vla":
     model.goal_mean, model.goal_std = demos.goal_mean, demos.goal_std
@@ -616,7 +616,7 @@ optimizers = make_optimizers(model)
 first_step = 0
 history = []  # lines of the log
 if args.resume:
-    if saved["config"] != dataclasses.asdict(complete):
+    if saved["config"] != dataclasses.asdict(full):
         raise ValueError(
             f"{resume_pt} is of another configuration or of other demonstrations"
         )
@@ -627,7 +627,7 @@ if args.resume:
 about = dict(code=code_version(), torch=str(torch.__version__))
 if RANK == 0:
     print(
-        f"{data}: {len(demos.train)} moments to train on, {len(demos.valid)} held out, of "
+        f"{data}: {len(demos.train)} moments to train on, {len(demos.held_out)} held out, of "
         f"{', '.join(demos.tasks)}\n{config.model}: "
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}, "
         f"{'bfloat16' if bf16 else 'float32'}, torch {about['torch']}, code {about['code']}",
@@ -647,7 +647,7 @@ def heard_stop():
 def validate():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    rows = rng.permutation(demos.valid)[:512]
+    rows = rng.permutation(demos.held_out)[:512]
     terms = compute_losses(model, demos.batch(rows, rng))
     return {f"val_{name}": value.item() for name, value in terms.items()}
 
