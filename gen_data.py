@@ -411,7 +411,7 @@ class Env:
 
     Things are numbered: blocks, then pads, then the drawer's handle. `command` and `q_command` are
     where hand and joints should be, `ee_pos` and `data` where they are; `ik_data` is scratch. qpos
-    is seven joints, two fingers, seven numbers a block, the drawer; ctrl is where servos pull joints and gripper."""
+    is 7 joints, 2 fingers, 7 numbers a block, the drawer; ctrl: targets of joints and gripper."""
 
     def __init__(
         self,

@@ -1,25 +1,25 @@
 """The whole vision-language-action model, and a behaviour-cloning baseline.
 
     front_image ──┐ conv stem   ┌──────────┐
-    wrist_image ──┴─ patches ──▶│ ViT, 2   │──┬▶ kept P ───mean▶ 1 ┐
+    wrist_image ──┴─ patches ──▶│ ViT x2   │──┬▶ kept P ───mean▶ 1 ┐
                                 └──────────┘  │                    │
                                          2 pointers ───────────▶ 2 ┤  ┌─────────────┐
-    "pick up the red block .." ▶│ text, 2  │──┴▶ L tokens ─mean▶ 1 ┼─▶│ attention,  │─mean─┐
-    joints, hand, gripper ──┬──▶│ MLP      │───────────────────▶ 1 ┘  │ 5 tokens, 1 │      │
+    "pick up the red block .." ▶│ text x2  │──┴▶ L tokens ─mean▶ 1 ┼─▶│ attention x1│─mean─┐
+    joints, hand, gripper ──┬──▶│ MLP      │───────────────────▶ 1 ┘  │ of 5 vectors│      │
                             │                                         └─────────────┘      │
                             ├─ and where the 2 pointers look ──▶ goal ─────────────────────┤
                             └──────────────────────────────────────────────────────────────┴▶ head
 
-Read on downwards to follow a sentence to an action; the parts of a policy come in the order of
-their use. Policy.predict calls VLA.forward: `tokenize` hashes the letters of each word, `Text` puts
-words in their context, `Pointers` takes the names from the bare words and looks for them in the
-patches, `goal` is read off where they look, `fusion` mixes all of it, and from that, goal and state
-the head makes several chunks of K actions: one is drawn. eval.play and Env.step are around it.
+Read on downwards to follow a sentence to an action; the parts come in the order of their use, layers
+last. Policy.predict calls VLA.forward: `tokenize` hashes the letters of each word, `Text` puts words
+in their context, `Pointers` takes the names from the bare words and looks for them in the patches,
+`goal` is read off where they look, `fusion` mixes all of it, and from that, goal and state the head
+makes several chunks of K actions: one is drawn. eval.play and Env.step are around it.
 
 Dimension letters, used everywhere: B moments in a batch, V views (pictures of a moment: every
 camera's newest, then the ones before), H W pixels, P patches of all views, of which some are
 `kept`, U sentences, L text tokens, N tokens of any kind, C width, S state numbers, G numbers of
-where thing and place are, K actions in a chunk, A numbers in an action.
+where thing and place are, K actions in a chunk, A numbers in an action. x2: two layers.
 """
 
 import math
@@ -204,7 +204,7 @@ class Policy(nn.Module):
         heard = self.hear(sentence)
         if "intent" not in heard:
             return 1.0
-        return 1 - heard["intent"].softmax(1)[0, -1].item()
+        return 1 - heard["intent"].softmax(1)[0, -1].item()  # the last is "none"
 
     def save(self, path, **extra):
         """Writes config, weights and `extra` (plain values) to one file that load() opens."""
@@ -262,7 +262,7 @@ class VLA(Policy):
         """Sentences (U, L, NGRAMS) to a dict: `words` (U, L, C) in context; with pointers, their
         `queries` (U, 2, C) and the `reading` (U, 2, L), where each finds its name; with intents,
         `intent` (U, intents), logits of what is asked for. true_text: the same as text; in training
-        alone `text` has other names in place of the true ones, see Sentences in train.py."""
+        alone `text` has random names in place of the true ones."""
         words = self.text(text)
         heard = dict(words=words)
         if self.intent:
@@ -290,15 +290,15 @@ class VLA(Policy):
         goal = state[:, :0]  # (B, 0), which it stays without pointers
         answer = dict(heard)
 
-        # What pointers find, and where: log-attention to kept patches, then to all P.
+        # What pointers find; log-attention to kept patches, to all P; where thing and place are.
         if self.pointers:
             found, log_kept = self.pointers(heard["queries"][number], patches)
             others = torch.cat([others, found], 1)  # (B, 3, C)
             dropped = log_kept.new_full((*found.shape[:2], self.vision.patches), DROPPED)
-            attention = dropped.scatter(2, kept[:, None].expand_as(log_kept), log_kept)
-            spots = mean_places(attention, self.vision.side, shift)
+            log_all = dropped.scatter(2, kept[:, None].expand_as(log_kept), log_kept)
+            spots = mean_places(log_all, self.vision.side, shift)
             goal = self.goal(torch.cat([spots, state], 1))
-            answer |= dict(goal=goal, attention=attention)
+            answer |= dict(goal=goal, attention=log_all)
 
         # What is done: finish() calls the head.
         x = self.fusion(patches, heard["words"][number], others)
@@ -457,7 +457,7 @@ class Vision(nn.Module):
         return self.blocks(x), kept
 
     def score(self, x):
-        """How far from its picture's median colour each patch has a pixel, (B, P)."""
+        """Each patch's largest distance from its picture's median colour, (B, P)."""
         half = F.avg_pool2d(x.flatten(0, 1), 2)  # with less noise
         some = half[..., ::4, ::4].flatten(2)  # a few pixels are enough for a median
         distance = (half - some.median(2).values[..., None, None]).abs().amax(1)
@@ -515,8 +515,8 @@ class Pointers(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
 
     def read(self, words, bare):
-        """Words in context and bare, (U, L, C) each, to queries (U, 2, C), and how much of its name
-        each pointer finds at each word, (U, 2, L), of sum 1."""
+        """Words (U, L, C) in context and bare to queries (U, 2, C) and readings (U, 2, L) of sum 1,
+        where each pointer's name stands. There context gives the kind of thing, bare its name."""
         context = self.word_norm(words)
         logits = context @ self.roles.T * self.scale  # (U, L, 2)
         logits = logits.masked_fill(is_padding(words)[..., None], -1e4)
@@ -548,7 +548,7 @@ def mean_places(attention, side, shift):
 # A fusion turns patches (B, kept, C), words (B, L, C) and others (B, N, C), which are the state and
 # what is pointed at, into one vector (B, C).
 class OneEach(nn.Module):
-    """What the fusions below share: one vector a modality. mix(): (B, n, C) to (B, C)."""
+    """What these three fusions share: one vector of each. mix(): (B, n, C) to (B, C)."""
 
     def __init__(self, config):
         super().__init__()
