@@ -10,8 +10,8 @@
                             ├─ and where the 2 pointers look ──▶ goal ─────────────────────┤
                             └──────────────────────────────────────────────────────────────┴▶ head
 
-Read on downwards to follow a sentence to an action; the parts come in the order of their use, layers
-last. Policy.predict calls VLA.forward: `tokenize` hashes the letters of each word, `Text` puts words
+Read on downwards to follow a sentence to an action; parts come in the order of their use, layers
+last. Policy.predict calls VLA.forward: `tokenize` hashes the letters of each word, `Text` puts them
 in their context, `Pointers` takes the names from the bare words and looks for them in the patches,
 `goal` is read off where they look, `fusion` mixes all of it, and from that, goal and state the head
 makes several chunks of K actions: one is drawn. eval.play and Env.step are around it.
