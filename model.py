@@ -134,7 +134,7 @@ class Policy(nn.Module):
         self.sentence = None
         self.plans = []  # what is left of chunks, (k, A) each; one, unless ensemble
         self.history = []  # the last observations, newest first
-        self.head.dice = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)
 
     def predict(self, obs, language=None):
         """One action (A,) float32 in [-1, 1] for an observation dict and a sentence (`language`).
@@ -146,6 +146,7 @@ class Policy(nn.Module):
         self.sentence = language
         self.history = [obs, *self.history][: config.frames]
         if config.ensemble or not self.plans:
+            self.head.dice = self.rng.random()
             chunk = self.look(self.history, language)["actions"][0].numpy(force=True)
             self.plans.append(chunk[: config.executed])  # half of them by default
         # The next action of the only plan; if ensemble, the mean of those of one plan from each
@@ -626,7 +627,7 @@ class Mixture(nn.Module):
 
     MODES = 4
     SCALE = 0.05  # of these distributions, in units of an action
-    dice = np.random.default_rng(0)  # Policy.reset() replaces it for each episode
+    dice = 0.0  # 0..1, which chunk is drawn; Policy.predict() rolls it
 
     def __init__(self, config, size):
         super().__init__()
@@ -642,9 +643,8 @@ class Mixture(nn.Module):
     def forward(self, x):
         """One of the chunks, drawn by their probabilities."""
         log_prob, chunks = self.modes(x)
-        drawn = [
-            self.dice.choice(self.MODES, p=p) for p in log_prob.exp().numpy(force=True)
-        ]
+        limits = log_prob.exp().cumsum(1)[:, :-1]
+        drawn = (limits <= self.dice).sum(1)
         return chunks[torch.arange(len(x)), ..., drawn]  # (B, K, A)
 
     def error(self, x, target, valid):

@@ -92,11 +92,10 @@ class Room(RayCamera):
 
 
 def look_inside(policy, obs, sentence):
-    """How much each pointer looks at each pixel, (V, 2, H, W), in one forward pass. It is a copy's,
-    so that the policy draws no other actions because somebody looked."""
-    attention = copy.deepcopy(policy).look([obs], sentence)["attention"][0]  # (2, P)
+    """How much each pointer looks at each pixel, (V, 2, H, W), in one forward pass."""
+    attention = policy.look([obs], sentence)["attention"][0].exp()  # (2, P)
     side = policy.vision.side
-    grid = attention.exp().unflatten(1, (-1, side, side)).transpose(0, 1)
+    grid = attention.unflatten(1, (-1, side, side)).transpose(0, 1)  # (V, 2, side, side)
     return torch.nn.functional.interpolate(grid, policy.config.image_size).numpy()
 
 
