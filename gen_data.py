@@ -385,8 +385,7 @@ class RayCamera:
 def cast(model, data, origin, rays):
     """What rays (n, 3) from `origin` meet first: geom ids (n,), -1: none, and normals (n, 3)."""
     n = len(rays)
-    geom, distance, normal = np.empty(n, np.int32), np.empty(n), np.empty(3 * n)
-    found = geom, distance, normal
+    geom, distance, normal = found = np.empty(n, np.int32), np.empty(n), np.empty(3 * n)
     # all geom groups, static geoms too, no body left out; no limit to the distance
     mujoco.mj_multiRay(
         model, data, origin, rays.ravel(), None, True, -1, *found, n, mujoco.mjMAXVAL
@@ -1160,7 +1159,8 @@ if __name__ == "__main__":
         raise ValueError("--randomize must be from 0 to 1, --seed not below 0")
     # Files that are there already stay, so the same command carries on. What is in a file depends
     # on its own scenes alone, not on the number of workers.
-    world = dict(tasks=args.tasks, cameras=args.cameras, randomize=args.randomize)
+    tasks = choose(args.tasks, TASKS)  # a typo is found before processes start
+    world = dict(tasks=tasks, cameras=args.cameras, randomize=args.randomize)
     code = zlib.crc32(Path(__file__).read_bytes() + GRAMMAR.read_bytes())
     env_args = dict(env_name="picovla", type=2, env_kwargs=world, code=code)
     out = args.out or Path("data", args.tasks)

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-from gen_data import PRIVILEGED, TASKS, explain_errors, project
+from gen_data import PRIVILEGED, TASKS, explain_errors, pick, project
 from model import CHOICES, DROPPED, POINTERS, POLICIES, Config
 from model import code_version, load_file, split, tokenize
 
@@ -229,7 +229,7 @@ class Sentences:
         text         put the blue cube on the purple disc
         """
         choice = self.wordings[intent]
-        wording = choice[rng.integers(len(choice))]
+        wording = pick(choice, rng)
         blanks = re.findall(r"{(\w+)}", wording)
         # Random names of the vocabulary; if there are too few, the bare slot: "block".
         shuffled = dict(zip(blanks, [*rng.permutation(self.vocabulary), *blanks]))
@@ -380,15 +380,13 @@ class Demonstrations:
         The first one says what there is in all."""
         if not self.state_keys:
             keys = list(episode["observations"])
-            pictures = [
-                key.removesuffix("_image") for key in keys if key.endswith("_image")
-            ]
-            self.cameras = tuple(args.cameras.split(",") if args.cameras else pictures)
+            pictures = [key for key in keys if key.endswith("_image")]
+            names = [key.removesuffix("_image") for key in pictures]
+            self.cameras = tuple(args.cameras.split(",") if args.cameras else names)
             self.image_size = episode[f"observations/{self.cameras[0]}_image"].shape[1]
             # bc is told where things are
-            hidden = () if config.model == "bc" else PRIVILEGED
-            numbers = [key for key in keys if not key.endswith("_image")]
-            self.state_keys = tuple(key for key in numbers if key not in hidden)
+            other = pictures if config.model == "bc" else [*pictures, *PRIVILEGED]
+            self.state_keys = tuple(key for key in keys if key not in other)
         T = len(episode["actions"])
 
         def read(key):
@@ -510,16 +508,18 @@ def compute_losses(net, batch):
 
 
 # --------------------------------------------------------------------------------- optimiser
+@autocast
 def orthogonalize(matrix):
     """The nearest orthogonal matrix, nearly, by five steps of a Newton-Schulz iteration whose
     coefficients bring all singular values close to 1 (Keller Jordan, github.com/KellerJordan/Muon),
     in the type that is fast here: torch.optim.Muon's bf16 takes 1.2 s a step without bf16 units."""
     tall = len(matrix) > len(matrix.T)  # its transpose has the smaller x @ x.T
     x = matrix.T if tall else matrix
-    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16 if bf16 else torch.float32)
+    x = x / (x.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        gram = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, gram, x, beta=3.4445)
     return x.T if tall else x
 
 
