@@ -56,7 +56,7 @@ class Config:
     intents: dict = field(default_factory=dict)
     state_keys: tuple = ("joint_pos", "ee_pos", "ee_vel", "gripper")
     state_size: int = 14  # S: numbers in them
-    goal_size: int = 6  # G: where thing and place are, m
+    goal_size: int = 6  # G: where thing and place are, m, or joints there
     action_size: int = 4  # A: dx, dy, dz, gripper, see Env in gen_data.py
     image_size: int = 64  # px
     # vision

@@ -681,11 +681,11 @@ def test_pictures_actions_and_sentences_alone_are_enough(toy, here):
     """No intents, no wordings, no camera matrices, and pictures in any chunks."""
     with h5py.File("robot.h5", "w") as file:
         for i, episode in enumerate(episodes_of(toy / "demos")):
-            group = file.create_group(f"episode_{i}")
+            group = file.create_group(f"data/demo_{i}")
             group.attrs["instruction"] = episode.attrs["instruction"]
             for key in ("actions", "observations/ee_pos", "observations/gripper", FRONT):
                 group.create_dataset(key, data=episode[key][:], chunks=True)
-        first = file[f"episode_0/{FRONT}"][:9]
+        first = file[f"data/demo_0/{FRONT}"][:9]
     demos = run(f"{TRAIN} --data robot.h5 --steps 2")["demos"]
     assert np.array_equal(demos.pictures_of(torch.arange(9))[:, 0], first)
     vla = VLA.load("out/ckpt.pt")
@@ -916,7 +916,7 @@ train.py --data missing => missing
 train.py --data demos --steps 0 => --steps
 train.py --data cut.h5 => cut.h5
 train.py --data text => text
-train.py --data nan.h5 => episode_3/actions
+train.py --data nan.h5 => demo_3/actions
 train.py --data demos --cameras front,top => top
 train.py --data demos --out_dir toy => --overwrite
 train.py --data demos --width 100 --heads 3 => width 100

@@ -236,10 +236,10 @@ class Sentences:
         true = shuffled | names  # where nothing is asked for, they stay random
         spoken = torch.full([len(POINTERS)], -1)
         if config.pointers and config.text == "word":
-            for pointer, slot in zip(range(len(POINTERS)), names):
+            for position, slot in zip(spoken, names):
                 before, named, _ = wording.partition("{%s}" % slot)
                 if named:
-                    spoken[pointer] = len(split(before))
+                    position.fill_(len(split(before)))
         else:
             shuffled = true  # names are learned in their context
         text = tokenize(wording.format(**shuffled), config)
@@ -266,13 +266,13 @@ def hindsight(hand, opening, close, complete):
     | something                 | where it closes next       | where it opens    | moved()    |
     | nothing                   | nan                        | where it ends     | here       |
 
-    hand (T, 3) m; opening (T,), share; close (T,) bool, the command; complete: not interrupted,
+    hand (T, 3) m, or joints; opening (T,), share; close (T,), the command; complete: not cut short,
     else nobody knows where it would have gone."""
     if complete and close[-1] and opening[-1] < EMPTY:
         return pushed(hand)
     half = close & (opening > EMPTY) & (opening < FULL)
     # With a half-open neighbour: fingers that close on nothing are half open for one step.
-    held = half & (np.convolve(half, [1, 0, 1], "same") > 0)
+    held = half * np.convolve(half, [1, 0, 1], "same") > 0
     # What was in the hand from the start counts only if it is the last thing that is held; else the
     # expert just put it away to take what was asked for.
     put_away = np.append(held, False).argmin()  # the first step without it
@@ -294,7 +294,7 @@ def moved(hand, held, close):
     following = np.searchsorted(moments, np.arange(len(hand))).clip(max=len(moments) - 1)
     thing = hand[moments[following]]  # where it is held, or will be next
     place = hand[close][-1]
-    return thing, place, np.nan if close[-1] else place - [0, 0, UNDER]
+    return thing, place, np.nan if close[-1] else place - UNDER * np.eye(3, len(place))[2]
 
 
 def pushed(hand):
@@ -326,11 +326,10 @@ def packed(dataset):
 class Demonstrations:
     """Everything of the data files, see write_episode(), in memory, a row for each of N moments:
 
-    pictures: N tuples of one compressed picture a camera; state (N, S); action (N, A); goal (N, 6)
-    m, world frame, where thing and place are; uv (N, 2, V', 2), where to see them, x and y, inside
-    the picture 0..1; nan: unknown. episode (N,): its episode's number. Of each episode: start, end
-    (rows) and request (index in sentences.requests). train, held_out: rows to learn from, and those
-    of other scenes, one in twenty."""
+    pictures: N tuples of one compressed picture a camera; state (N, S); action (N, A); goal (N, G),
+    hand at thing and place; uv (N, 2, V', 2), where they are seen, x and y, inside the picture
+    0..1; nan: unknown. episode (N,): its episode's number. Of each episode: start, end (rows) and
+    request (index in sentences.requests). train, held_out: rows, one scene in twenty held out."""
 
     def __init__(self, paths):
         self.pictures = []
@@ -340,9 +339,8 @@ class Demonstrations:
         for path in paths:
             try:
                 with h5py.File(path) as file:
-                    for name in file:
-                        if name.startswith("episode_"):
-                            episodes.append(self.load(file[name], len(episodes)))
+                    for episode in file["data"].values():
+                        episodes.append(self.load(episode, len(episodes)))
                     for intent, sentences in file.get("wordings", {}).items():
                         wordings.setdefault(intent, []).extend(sentences.asstr()[:])
             except (KeyError, ValueError, OSError) as error:
@@ -400,8 +398,9 @@ class Demonstrations:
         action = read("actions")
         if np.abs(action).max() > 1:
             raise ValueError(f"{episode.name}/actions must be from -1 to 1")
-        views = [packed(episode[f"observations/{name}_image"]) for name in self.cameras]
-        self.pictures += zip(*views)
+        self.pictures += zip(
+            *[packed(episode[f"observations/{name}_image"]) for name in self.cameras]
+        )
         sentence = episode.attrs["instruction"]
         about = dict(intent=sentence, slots="{}", task="demonstrated", interrupted=False)
         about |= dict(scene_seed=number) | dict(episode.attrs)
@@ -599,6 +598,7 @@ full = dataclasses.replace(
     state_keys=demos.state_keys,
     state_size=demos.state.shape[1],
     action_size=demos.action.shape[1],
+    goal_size=demos.goal.shape[1],
     image_size=demos.image_size,
 )
 

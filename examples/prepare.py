@@ -1,0 +1,189 @@
+"""Prepares a data file with plain sentences: says what looks odd, and finds the words that name things.
+
+    pip install -r examples/requirements-lerobot.txt
+    python examples/prepare.py data/robot.h5 data/ready.h5
+    python train.py --data data/ready.h5 --steps 2000 --out_dir out_ready
+
+Nobody lists the names: they are the words that can be predicted from the pictures at the moments
+when the gripper closes and opens, by ridge regression from the mean colours of their cells. If a
+sentence has two, these pictures and the words around them decide which is the thing and which the
+place. Training then learns where a sentence says a name apart from which name it is.
+
+The new file has the pictures, the robot's numbers, the actions and the sentences of the old one, or
+of all in a folder, without interrupted episodes. So `examples/prepare.py data/pick_place
+data/ready.h5` shows what our own demonstrations are worth when nothing explains them. Run this
+script from the project's root.
+"""
+
+import sys
+from pathlib import Path
+
+# In place of this folder: its `inspect` is not the one that others import from Python.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import itertools
+import json
+import re
+from collections import Counter
+
+import h5py
+import numpy as np
+from PIL import Image
+from sklearn.feature_extraction import DictVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import KFold, cross_val_predict
+
+from gen_data import CONTROL_HZ, PRIVILEGED, explain_errors
+from model import split
+
+SLOTS = ("thing", "place")  # what is named when the gripper closes, and when it opens
+CELLS = 8  # across a picture
+RIDGE = 300.0  # penalty of the regression on pictures
+FORM = 0.3  # inverse of the penalty of the one on the words around names
+AROUND = 3  # words on each side of a name
+FOLDS = KFold(5, shuffle=True, random_state=0)  # each fifth is predicted from the others
+STILL = 0.01  # of a number's range in the episode: less is no move
+
+
+# ------------------------------------------------------------------------------------- the data
+def copy(paths, file):
+    """Copies all episodes, but for what only a simulator knows; returns their groups, without
+    `instruction`, and their sentences."""
+    groups, sentences = [], []
+    for path in paths:
+        with h5py.File(path) as source:
+            for episode in source["data"].values():
+                if not episode.attrs.get("interrupted"):
+                    group = file.create_group(f"data/demo_{len(groups)}")
+                    for key in ("observations", "actions"):
+                        episode.copy(key, group)
+                    for key in PRIVILEGED:
+                        group["observations"].pop(key, None)
+                    groups.append(group)
+                    sentences.append(episode.attrs["instruction"])
+            file["data"].attrs.update(source["data"].attrs)
+    return groups, sentences
+
+
+def views_of(group):
+    return [data for key, data in group["observations"].items() if key.endswith("_image")]
+
+
+def oddities(group, fps):
+    """What looks odd in an episode, as ends of a sentence about it."""
+    actions = group["actions"][:]
+    state = np.hstack([group[f"observations/{key}"] for key in ("ee_pos", "gripper")])
+    first = np.ptp(state[:fps], 0)
+    facts = {
+        "are shorter than a second": len(actions) < fps,
+        "begin with a second without a move": (first <= STILL * np.ptp(state, 0)).all(),
+        "never move the gripper": np.ptp(actions[:, -1]) < STILL,
+        "never move anything else": np.ptp(actions[:, :-1]) < STILL,
+        "have a camera that always shows the same": any(
+            (data[:] == data[0]).all() for data in views_of(group)
+        ),
+    }
+    return [why for why, so in facts.items() if so]
+
+
+# ------------------------------------------------------------------------------------- the names
+def look(group):
+    """What is seen when the gripper closes for the last time, at the first step if it never does,
+    and when it opens after that, or at the end: the mean colours of cells, (2, F)."""
+    close = group["actions"][:, -1] < 0
+    closes = max([0, *np.flatnonzero(close & ~np.roll(close, 1))])
+    opens = closes + np.append(~close[closes:], True).argmax()
+    moments = [closes, min(opens, len(close) - 1)]
+    cells = [
+        Image.fromarray(data[t]).resize((CELLS, CELLS), Image.BOX)
+        for t in moments
+        for data in views_of(group)
+    ]
+    return np.array(cells, float).reshape(2, -1)
+
+
+def evidence(looks, said):
+    """How much looks (N, F) speak for each word's being said (N, W), in standard deviations."""
+    looks = (looks - looks.mean(0)) / (looks.std(0) + 3)
+    predicted = cross_val_predict(Ridge(RIDGE), looks, said, cv=FOLDS)
+    return (predicted - predicted.mean(0)) / (predicted.std(0) + 1e-6)
+
+
+def words_around(words, names):
+    """The words around the first mention of each of two names, as features."""
+    features = {}
+    for order, name in enumerate(names):
+        middle = words.index(name)
+        for i in range(max(0, middle - AROUND), min(len(words), middle + AROUND + 1)):
+            if words[i] not in names:
+                features[f"{order} {i - middle} {words[i]}"] = 1
+                features[f"{order} {i < middle} {words[i]}"] = 1
+    return features
+
+
+def find_names(sentences, looks):
+    """Of each episode {"thing": word, "place": word}, or fewer, as its sentence names them."""
+    heard = [split(sentence) for sentence in sentences]
+    words = sorted(set(itertools.chain(*heard)))
+    said = np.array([[word in sentence for word in words] for sentence in heard], float)
+    scores = np.stack([evidence(looks[:, k], said) for k in (0, 1)], 1)  # (N, 2, W)
+    said = (said - said.mean(0)) / (said.std(0) + 1e-6)
+    correlation = (scores * said[:, None]).mean(0).max(0)  # (W,)
+    enough = 0.3 + 2 / len(said) ** 0.5  # few episodes correlate with anything
+    names = [words[w] for w in np.flatnonzero(correlation > enough)]
+    print("words that name things:", ", ".join(names) or "none found")
+
+    # In the order in which a sentence says them, which is turned round if more speaks for that.
+    found = [sorted({*names} & {*sentence}, key=sentence.index)[:2] for sentence in heard]
+    two = [i for i in range(len(found)) if len(found[i]) == 2]
+    seen = []
+    for i in two:
+        (a, b), (c, d) = scores[i][:, [words.index(name) for name in found[i]]]
+        seen.append(a + d - b - c)
+    right = np.array(seen) > 0
+    if FOLDS.n_splits <= right.sum() <= len(right) - FOLDS.n_splits:
+        around = DictVectorizer().fit_transform(
+            words_around(heard[i], found[i]) for i in two
+        )
+        right = 0 < seen + cross_val_predict(
+            LogisticRegression(C=FORM),
+            around,
+            right,
+            cv=FOLDS,
+            method="decision_function",
+        )
+    for i, kept in zip(two, right):
+        found[i] = found[i] if kept else found[i][::-1]
+    return [dict(zip(SLOTS, names)) for names in found]
+
+
+if __name__ == "__main__":
+    explain_errors()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="data file, or a folder of them")
+    parser.add_argument("out", type=Path, help="data file to make")
+    args = parser.parse_args()
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists; give another name")
+    part = args.out.with_suffix(".part")
+    try:
+        with h5py.File(part, "w") as file:
+            groups, sentences = copy(sorted(args.data.glob("*.h5")) or [args.data], file)
+            fps = int(file["data"].attrs.get("fps", CONTROL_HZ))
+            odd = Counter(why for group in groups for why in oddities(group, fps))
+            for why, count in odd.items():
+                print(f"{count} of {len(groups)} episodes {why}")
+            found = find_names(sentences, np.array([look(group) for group in groups]))
+            for group, sentence, names in zip(groups, sentences, found):
+                wording = re.sub("[{}]", "", sentence.lower())
+                for slot, word in names.items():
+                    wording = re.sub(rf"\b{word}\b", "{%s}" % slot, wording)
+                group.attrs.update(
+                    instruction=wording, slots=json.dumps(names), sentence=sentence
+                )
+        part.replace(args.out)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""Tests of lerobot.py and prepare.py: `python -m pytest -q examples/test_lerobot.py`, from the root."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+av = pytest.importorskip("av")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+ROOT = Path(__file__).resolve().parent.parent
+EPISODES = 60
+STEPS = 6  # of each
+SENTENCES = ["please take the red one", "please take the blue one"]
+NAME = "observation.images.top"
+
+
+def run(command, status=0):
+    """Runs a script of the repository; returns what it says."""
+    running = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True
+    )
+    assert running.returncode == status, running.stderr
+    return running.stdout + running.stderr
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    return dict(bytes=buffer.getvalue(), path="a.png")
+
+
+def write_film(path, pictures):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 64, 48
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        film.mux(stream.encode())
+
+
+@pytest.fixture
+def rows():
+    """What each row of a dataset is: pictures of what is asked for, joints and their targets."""
+    rng = np.random.default_rng(0)
+    asked = np.repeat(rng.integers(2, size=EPISODES), STEPS)
+    pictures = rng.integers(60, size=(len(asked), 48, 64, 3)).astype(np.uint8)
+    pictures[np.arange(len(asked)), ..., 2 * asked] += 150  # red or blue
+    state = rng.random((len(asked), 3), np.float32)
+    state[:, -1] = np.tile([90, 90, 10, 10, 90, 90], EPISODES)  # of 100, the gripper
+    action = state + 0.1 * rng.random((len(asked), 3), np.float32)
+    return dict(asked=asked, pictures=pictures, state=state, action=action)
+
+
+@pytest.fixture(params=["v3.0", "v2.1"])
+def dataset(request, rows, tmp_path, monkeypatch):
+    """A folder as LeRobot writes it, with pictures in the table and the same as films."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "set"
+    number = np.repeat(np.arange(EPISODES), STEPS)
+    table = pa.table(
+        {
+            "observation.state": list(rows["state"]),
+            "action": list(rows["action"]),
+            "observation.images.wrist": [png(picture) for picture in rows["pictures"]],
+            "episode_index": number,
+            "task_index": rows["asked"],
+        }
+    )
+    features = {
+        NAME: dict(dtype="video"),
+        "observation.images.wrist": dict(dtype="image"),
+    }
+    info = dict(codebase_version=request.param, fps=10, features=features)
+    for name in ("meta/episodes/chunk-000", "data/chunk-000"):
+        (folder / name).mkdir(parents=True)
+    if request.param == "v3.0":
+        tasks = pa.table(dict(task_index=[0, 1], task=SENTENCES))
+        pq.write_table(tasks, folder / "meta/tasks.parquet")
+        pq.write_table(table, folder / "data/chunk-000/file-000.parquet")
+        episodes = {
+            f"videos/{NAME}/{part}_index": [0] * EPISODES for part in ("chunk", "file")
+        }
+        episodes |= {
+            "episode_index": range(EPISODES),
+            f"videos/{NAME}/from_timestamp": STEPS / 10 * np.arange(EPISODES),
+        }
+        pq.write_table(
+            pa.table(episodes), folder / "meta/episodes/chunk-000/file-000.parquet"
+        )
+        info["video_path"] = (
+            "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+        )
+        write_film(folder / f"videos/{NAME}/chunk-000/file-000.mp4", rows["pictures"])
+    else:
+        lines = [json.dumps(dict(task_index=i, task=SENTENCES[i])) for i in (0, 1)]
+        (folder / "meta/tasks.jsonl").write_text("\n".join(lines))
+        lines = [json.dumps(dict(episode_index=i)) for i in range(EPISODES)]
+        (folder / "meta/episodes.jsonl").write_text("\n".join(lines))
+        info["video_path"] = (
+            "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+        )
+        for i in range(EPISODES):
+            name = f"episode_{i:06}"
+            part = slice(STEPS * i, STEPS * (i + 1))
+            pq.write_table(table[part], folder / f"data/chunk-000/{name}.parquet")
+            write_film(
+                folder / f"videos/chunk-000/{NAME}/{name}.mp4", rows["pictures"][part]
+            )
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_everything_arrives(dataset, rows):
+    run(f"{ROOT}/examples/lerobot.py set robot.h5 --size 48")
+    with h5py.File("robot.h5") as file:
+        units = json.loads(file["data"].attrs["units"])
+        episodes = [file[f"episode_{i}"] for i in range(EPISODES)]
+
+        def column(name):
+            return np.concatenate([episode[name][:] for episode in episodes])
+
+        middle = rows["pictures"][:, :, 8:56]
+        assert np.array_equal(column("observations/wrist_image"), middle)
+        colour = column("observations/top_image").mean((1, 2))
+        assert np.abs(colour - middle.mean((1, 2))).max() < 12
+        hand, gripper = column("observations/ee_pos"), column("observations/gripper")
+        assert np.array_equal(np.hstack([hand, gripper]), rows["state"])
+        actions = column("actions")
+        assert np.abs(actions).max() <= 1
+        low, high = np.array(units["low"]), np.array(units["high"])
+        back = low + (high - low) * (actions + 1) / 2
+        back[:, :-1] += hand
+        assert (
+            np.quantile(np.abs(back - rows["action"]), 0.99) < 1e-3
+        )  # extremes are clipped
+
+
+def test_words_that_pictures_tell_are_found_and_learned_from(dataset, rows):
+    run(f"{ROOT}/examples/lerobot.py set robot.h5 --size 48")
+    said = run(f"{ROOT}/examples/prepare.py robot.h5 ready.h5")
+    assert f"{EPISODES} of {EPISODES} episodes are shorter than a second" in said
+    assert said.endswith("words that name things: blue, red\n")
+    with h5py.File("ready.h5") as file:
+        for episode in file["data"].values():
+            attrs = episode.attrs
+            assert attrs["instruction"] == "please take the {thing} one"
+            assert (
+                attrs["instruction"].format(**json.loads(attrs["slots"]))
+                == attrs["sentence"]
+            )
+            red, _, blue = episode["observations/wrist_image"][0].mean((0, 1))
+            assert ("red" in attrs["sentence"]) == (red > blue)
+        assert len(file["data"]) == EPISODES and "units" in file["data"].attrs
+    train = f"{ROOT}/train.py --data ready.h5 --steps 2 --batch_size 8 --eval_episodes 0"
+    assert "step     2" in run(f"{train} --device cpu --keep_patches 30")
+
+
+def refuse():
+    """What lerobot.py says of the dataset, one sentence; it leaves nothing behind."""
+    [line] = run(f"{ROOT}/examples/lerobot.py set robot.h5", status=2).splitlines()
+    assert [path.name for path in Path().iterdir()] == ["set"]
+    return line
+
+
+def test_what_cannot_be_read_is_one_sentence(dataset):
+    info = dataset / "meta/info.json"
+    text = info.read_text()
+    for before, after, complaint in (
+        ('version": "v', 'version": "v9', "of version v9"),
+        ("observation.images.wrist", "observation.images.arm", "observation.images.arm"),
+        (".mp4", ".avi", ".avi"),
+    ):
+        info.write_text(text.replace(before, after))
+        assert complaint in refuse()
+
+
+def test_a_film_that_ends_early_is_refused(dataset, rows):
+    write_film(max(dataset.glob("videos/**/*.mp4")), rows["pictures"][: STEPS - 1])
+    assert refuse() == f"lerobot.py: set: {NAME} has fewer pictures than rows"
