@@ -1,4 +1,4 @@
-"""Prepares a data file with plain sentences: says what looks odd, and finds the words that name things.
+"""Prepares data with plain sentences: says what looks odd, finds the words that name things.
 
     pip install -r examples/requirements-lerobot.txt
     python examples/prepare.py data/robot.h5 data/ready.h5
@@ -10,9 +10,9 @@ sentence has two, these pictures and the words around them decide which is the t
 place. Training then learns where a sentence says a name apart from which name it is.
 
 The new file has the pictures, the robot's numbers, the actions and the sentences of the old one, or
-of all in a folder, without interrupted episodes. So `examples/prepare.py data/pick_place
-data/ready.h5` shows what our own demonstrations are worth when nothing explains them. Run this
-script from the project's root.
+of all in a folder, without interrupted episodes. So with data/pick_place in place of data/robot.h5
+it shows what our own demonstrations are worth when nothing explains them; `eval.py --tasks
+pick_place` scores that. Run this script from the project's root.
 """
 
 import sys
@@ -43,6 +43,7 @@ RIDGE = 300.0  # penalty of the regression on pictures
 FORM = 0.3  # inverse of the penalty of the one on the words around names
 AROUND = 3  # words on each side of a name
 FOLDS = KFold(5, shuffle=True, random_state=0)  # each fifth is predicted from the others
+ENOUGH = 20  # episodes
 STILL = 0.01  # of a number's range in the episode: less is no move
 
 
@@ -176,7 +177,12 @@ if __name__ == "__main__":
             odd = Counter(why for group in groups for why in oddities(group, fps))
             for why, count in odd.items():
                 print(f"{count} of {len(groups)} episodes {why}")
-            found = find_names(sentences, np.array([look(group) for group in groups]))
+            if len(groups) < ENOUGH:
+                raise ValueError(
+                    f"{args.data} has {len(groups)} episodes; names are found in {ENOUGH} or more"
+                )
+            looks = np.array([look(group) for group in groups])
+            found = find_names(sentences, looks)
             for group, sentence, names in zip(groups, sentences, found):
                 wording = re.sub("[{}]", "", sentence.lower())
                 for slot, word in names.items():
