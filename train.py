@@ -215,7 +215,7 @@ class Sentences:
             text=pad_sequence(text, True),
             true_text=pad_sequence(true_text, True),
             intent=torch.tensor(intent),
-            spoken=torch.stack(spoken),
+            spoken=torch.tensor(spoken),
         )
 
     def phrase(self, intent, names, rng):
@@ -234,12 +234,12 @@ class Sentences:
         # Random names of the vocabulary; if there are too few, the bare slot: "block".
         shuffled = dict(zip(blanks, [*rng.permutation(self.vocabulary), *blanks]))
         true = shuffled | names  # where nothing is asked for, they stay random
-        spoken = torch.full([len(POINTERS)], -1)
+        spoken = [-1] * len(POINTERS)
         if config.pointers and config.text == "word":
-            for position, slot in zip(spoken, names):
+            for pointer, slot in zip(range(len(POINTERS)), names):
                 before, named, _ = wording.partition("{%s}" % slot)
                 if named:
-                    position.fill_(len(split(before)))
+                    spoken[pointer] = len(split(before))
         else:
             shuffled = true  # names are learned in their context
         text = tokenize(wording.format(**shuffled), config)
@@ -272,7 +272,7 @@ def hindsight(hand, opening, close, complete):
         return pushed(hand)
     half = close & (opening > EMPTY) & (opening < FULL)
     # With a half-open neighbour: fingers that close on nothing are half open for one step.
-    held = half * np.convolve(half, [1, 0, 1], "same") > 0
+    held = half & np.convolve(half, [True, False, True], "same")
     # What was in the hand from the start counts only if it is the last thing that is held; else the
     # expert just put it away to take what was asked for.
     put_away = np.append(held, False).argmin()  # the first step without it

@@ -124,7 +124,7 @@ def show_demonstration(args):
     """Pictures of a recorded demonstration; its first camera stands for the room."""
     try:
         with h5py.File(args.data) as file:
-            episode = file[f"episode_{args.episode}"]
+            episode = file[f"data/demo_{args.episode}"]
             arrays = episode["observations"].items()
             pictures = [array[:] for key, array in arrays if key.endswith("_image")]
             text = episode.attrs["instruction"]

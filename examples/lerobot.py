@@ -24,43 +24,28 @@ import json
 import av
 import h5py
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
+from pyarrow.json import read_json
 from tqdm import tqdm
 
 from gen_data import explain_errors, write_episode
 
-MOST = (
-    0.1,
-    99.9,
-)  # percent of actions that -1 and 1 stand for: a few are out of all proportion
-
-
-def read(folder):
-    """The parquet files in a folder's folders, as one table."""
-    return pa.concat_tables(map(pq.read_table, sorted(folder.glob("*/*.parquet"))))
+# -1 and 1 stand for these percentiles of actions: a few are out of all proportion.
+RANGE = 0.1, 99.9
 
 
 class Dataset:
-    """A folder of LeRobot's: state (N, S) and action (N, A) of all N rows; moves (N, A), which are
-    the actions, less the joints if `relative`; pictures one by one."""
+    """A folder of LeRobot's: state (N, S) and action (N, A) of all N rows, pictures one by one."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.info = json.loads((self.folder / "meta/info.json").read_text("utf-8"))
-        self.rows = read(self.folder / "data")
+        self.rows = pq.read_table(self.folder / "data")
         self.state, self.action = (
             np.array(self.rows[key].to_pylist(), np.float32)
             for key in ("observation.state", "action")
         )
-        self.moves = self.action.copy()
-        alike = self.action.shape == self.state.shape
-        self.relative = alike and bool(
-            np.std(self.action - self.state) < np.std(self.state) / 2
-        )
-        if self.relative:
-            self.moves[:, :-1] -= self.state[:, :-1]
 
     def metadata(self):
         """{task_index: sentence}, and of each episode a dict that says where its films are."""
@@ -69,13 +54,10 @@ class Dataset:
         if version == "v3.0":
             columns = pq.read_table(meta / "tasks.parquet").to_pydict()
             tasks = zip(columns.pop("task_index"), *columns.values())
-            return dict(tasks), read(meta / "episodes").to_pylist()
+            return dict(tasks), pq.read_table(meta / "episodes").to_pylist()
         if version == "v2.1":
             tasks, episodes = (
-                [
-                    json.loads(line)
-                    for line in (meta / name).read_text("utf-8").splitlines()
-                ]
+                read_json(meta / name).to_pylist()
                 for name in ("tasks.jsonl", "episodes.jsonl")
             )
             return {task["task_index"]: task["task"] for task in tasks}, episodes
@@ -91,44 +73,44 @@ class Dataset:
         path = self.info["video_path"].format(
             video_key=key,
             episode_index=number,
-            episode_chunk=number // self.info.get("chunks_size", 1000),
+            episode_chunk=number // self.info["chunks_size"],
             chunk_index=episode.get(f"videos/{key}/chunk_index"),
             file_index=episode.get(f"videos/{key}/file_index"),
         )
         start = episode.get(f"videos/{key}/from_timestamp", 0)  # s
-        with av.open(self.folder / path) as film:
-            film.seek(int(start * av.time_base))  # or shortly before
-            for frame in film.decode(video=0):
-                if frame.time > start - 0.5 / self.info["fps"]:
-                    yield frame.to_image()
+        try:
+            with av.open(self.folder / path) as film:
+                film.seek(int(start * av.time_base))  # or shortly before
+                for frame in film.decode(video=0):
+                    if frame.time > start - 0.5 / self.info["fps"]:
+                        yield frame.to_image()
+        except av.FFmpegError as error:
+            raise ValueError(error) from None
 
     def episodes(self, size):
-        """Of each episode: its rows, a slice; its sentence; and of each camera its pictures, of each
-        the middle square, shrunk: {name: (T, size, size, 3) uint8}."""
+        """Of each episode its sentence, and of each camera the middle squares of its pictures, shrunk:
+        {name: (T, size, size, 3) uint8}."""
         sentences, episodes = self.metadata()
         numbers = self.rows["episode_index"].to_numpy()
         for episode in episodes:
             start, end = np.searchsorted(numbers, episode["episode_index"] + np.arange(2))
-            rows = slice(start, end)
             views = {}
             for key, about in self.info["features"].items():
                 if about["dtype"] in ("image", "video"):
-                    some = itertools.islice(
-                        self.pictures(key, episode, rows), end - start
-                    )
+                    pictures = self.pictures(key, episode, slice(start, end))
+                    some = itertools.islice(pictures, end - start)
                     small = [ImageOps.fit(one, (size, size), Image.BOX) for one in some]
                     if len(small) < end - start:
                         raise ValueError(
                             f"{self.folder}: {key} has fewer pictures than rows"
                         )
                     views[key.removeprefix("observation.images.")] = np.array(small)
-            yield rows, sentences[self.rows["task_index"][start].as_py()], views
+            yield sentences[self.rows["task_index"][start].as_py()], views
 
 
 def targets(units, action, state):
-    """A policy's action (A,) in the robot's own units. units: JSON in the data file, attribute of
-    `data`; state: the joints and the gripper."""
-    units = json.loads(units)
+    """A policy's action (A,) in the robot's own units. units: dict(low, high, relative), as JSON in
+    the data file: file["data"].attrs["units"]; state: the joints and the gripper."""
     low, high = np.array(units["low"]), np.array(units["high"])
     action = low + (high - low) * (action + 1) / 2
     if units["relative"]:
@@ -138,20 +120,30 @@ def targets(units, action, state):
 
 def convert(sets, file, size):
     """Writes the episodes of these datasets to an open file, and the units of their actions."""
-    low, high = np.percentile(np.concatenate([one.moves for one in sets]), MOST, 0)
-    units = dict(low=low.tolist(), high=high.tolist(), relative=sets[0].relative)
-    number = 0
-    for dataset in sets:
-        moves = 2 * (dataset.moves - low) / np.maximum(high - low, 1e-6) - 1
-        for rows, sentence, views in tqdm(dataset.episodes(size), disable=None):
-            columns = {f"observations/{name}_image": view for name, view in views.items()}
-            columns["observations/ee_pos"] = dataset.state[rows, :-1]
-            columns["observations/gripper"] = dataset.state[rows, -1:]
-            columns["actions"] = moves[rows].clip(-1, 1)
-            frames = [dict(zip(columns, row)) for row in zip(*columns.values())]
-            write_episode(file, number, dict(instruction=sentence), frames)
-            number += 1
-    file["data"].attrs.update(units=json.dumps(units), fps=dataset.info["fps"])
+    state = np.concatenate([dataset.state for dataset in sets])
+    action = np.concatenate([dataset.action for dataset in sets])
+    # Targets are near the joints, compared with how far these move.
+    relative = action.shape == state.shape and bool(
+        np.std(action - state) < np.std(state) / 2
+    )
+    if relative:
+        action[:, :-1] -= state[:, :-1]
+    low, high = np.percentile(action, RANGE, 0)
+    action = (2 * (action - low) / np.maximum(high - low, 1e-6) - 1).clip(-1, 1)
+    units = dict(low=low.tolist(), high=high.tolist(), relative=relative)
+
+    begin = 0  # of an episode, in the rows of all
+    every = itertools.chain(*[dataset.episodes(size) for dataset in sets])
+    for number, (sentence, views) in enumerate(tqdm(every, disable=None)):
+        end = begin + len(next(iter(views.values())))
+        columns = {f"observations/{name}_image": view for name, view in views.items()}
+        columns["observations/ee_pos"] = state[begin:end, :-1]
+        columns["observations/gripper"] = state[begin:end, -1:]
+        columns["actions"] = action[begin:end]
+        frames = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        write_episode(file, number, dict(instruction=sentence), frames)
+        begin = end
+    file["data"].attrs.update(units=json.dumps(units), fps=sets[0].info["fps"])
 
 
 if __name__ == "__main__":
@@ -166,6 +158,7 @@ if __name__ == "__main__":
     if args.out.exists():
         raise ValueError(f"{args.out} exists; give another name")
     sets = [Dataset(folder) for folder in args.datasets]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_suffix(".part")
     try:
         with h5py.File(part, "w") as file:

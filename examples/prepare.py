@@ -39,11 +39,12 @@ from model import split
 
 SLOTS = ("thing", "place")  # what is named when the gripper closes, and when it opens
 CELLS = 8  # across a picture
-RIDGE = 300.0  # penalty of the regression on pictures
-FORM = 0.3  # inverse of the penalty of the one on the words around names
+NOISE = 3.0  # of a cell's colour, of 255
+RIDGE = 300.0  # penalty of the regression from pictures to words
 AROUND = 3  # words on each side of a name
+FORM = 0.3  # inverse of the penalty of the regression on them
 FOLDS = KFold(5, shuffle=True, random_state=0)  # each fifth is predicted from the others
-ENOUGH = 20  # episodes
+FEWEST = 20  # episodes in which names are looked for
 STILL = 0.01  # of a number's range in the episode: less is no move
 
 
@@ -53,17 +54,20 @@ def copy(paths, file):
     `instruction`, and their sentences."""
     groups, sentences = [], []
     for path in paths:
-        with h5py.File(path) as source:
-            for episode in source["data"].values():
-                if not episode.attrs.get("interrupted"):
-                    group = file.create_group(f"data/demo_{len(groups)}")
-                    for key in ("observations", "actions"):
-                        episode.copy(key, group)
-                    for key in PRIVILEGED:
-                        group["observations"].pop(key, None)
-                    groups.append(group)
-                    sentences.append(episode.attrs["instruction"])
-            file["data"].attrs.update(source["data"].attrs)
+        try:
+            with h5py.File(path) as source:
+                for episode in source["data"].values():
+                    if not episode.attrs.get("interrupted"):
+                        group = file.create_group(f"data/demo_{len(groups)}")
+                        for key in ("observations", "actions"):
+                            episode.copy(key, group)
+                        for key in PRIVILEGED:
+                            group["observations"].pop(key, None)
+                        groups.append(group)
+                        sentences.append(episode.attrs["instruction"])
+                file["data"].attrs.update(source["data"].attrs)
+        except (KeyError, OSError) as error:
+            raise ValueError(f"{path}: {error}") from None
     return groups, sentences
 
 
@@ -106,7 +110,7 @@ def look(group):
 
 def evidence(looks, said):
     """How much looks (N, F) speak for each word's being said (N, W), in standard deviations."""
-    looks = (looks - looks.mean(0)) / (looks.std(0) + 3)
+    looks = (looks - looks.mean(0)) / (looks.std(0) + NOISE)
     predicted = cross_val_predict(Ridge(RIDGE), looks, said, cv=FOLDS)
     return (predicted - predicted.mean(0)) / (predicted.std(0) + 1e-6)
 
@@ -128,34 +132,35 @@ def find_names(sentences, looks):
     heard = [split(sentence) for sentence in sentences]
     words = sorted(set(itertools.chain(*heard)))
     said = np.array([[word in sentence for word in words] for sentence in heard], float)
-    scores = np.stack([evidence(looks[:, k], said) for k in (0, 1)], 1)  # (N, 2, W)
+    scores = np.stack([evidence(looks[:, k], said) for k in (0, 1)])  # (2, N, W)
     said = (said - said.mean(0)) / (said.std(0) + 1e-6)
-    correlation = (scores * said[:, None]).mean(0).max(0)  # (W,)
-    enough = 0.3 + 2 / len(said) ** 0.5  # few episodes correlate with anything
-    names = [words[w] for w in np.flatnonzero(correlation > enough)]
+    correlation = (scores * said).mean(1).max(0)  # (W,)
+    by_chance = 2 / len(said) ** 0.5
+    names = [words[w] for w in np.flatnonzero(correlation > 0.3 + by_chance)]
     print("words that name things:", ", ".join(names) or "none found")
 
-    # In the order in which a sentence says them, which is turned round if more speaks for that.
+    # In the order in which a sentence says them. Where there are two, that may be the wrong order.
     found = [sorted({*names} & {*sentence}, key=sentence.index)[:2] for sentence in heard]
     two = [i for i in range(len(found)) if len(found[i]) == 2]
-    seen = []
-    for i in two:
-        (a, b), (c, d) = scores[i][:, [words.index(name) for name in found[i]]]
-        seen.append(a + d - b - c)
-    right = np.array(seen) > 0
-    if FOLDS.n_splits <= right.sum() <= len(right) - FOLDS.n_splits:
-        around = DictVectorizer().fit_transform(
-            words_around(heard[i], found[i]) for i in two
-        )
-        right = 0 < seen + cross_val_predict(
+    by_pictures = np.zeros(len(two))  # how much speaks for this order
+    for k, i in enumerate(two):
+        first, second = [words.index(name) for name in found[i]]
+        closes, opens = scores[:, i]
+        by_pictures[k] = closes[first] + opens[second] - closes[second] - opens[first]
+    order = by_pictures
+    # The words around names tell more, if there are both orders to learn from.
+    if FOLDS.n_splits <= (order > 0).sum() <= len(order) - FOLDS.n_splits:
+        around = [words_around(heard[i], found[i]) for i in two]
+        order = by_pictures + cross_val_predict(
             LogisticRegression(C=FORM),
-            around,
-            right,
+            DictVectorizer().fit_transform(around),
+            by_pictures > 0,
             cv=FOLDS,
             method="decision_function",
         )
-    for i, kept in zip(two, right):
-        found[i] = found[i] if kept else found[i][::-1]
+    for k, i in enumerate(two):
+        if order[k] < 0:
+            found[i].reverse()
     return [dict(zip(SLOTS, names)) for names in found]
 
 
@@ -169,6 +174,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.out.exists():
         raise ValueError(f"{args.out} exists; give another name")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_suffix(".part")
     try:
         with h5py.File(part, "w") as file:
@@ -177,9 +183,9 @@ if __name__ == "__main__":
             odd = Counter(why for group in groups for why in oddities(group, fps))
             for why, count in odd.items():
                 print(f"{count} of {len(groups)} episodes {why}")
-            if len(groups) < ENOUGH:
+            if len(groups) < FEWEST:
                 raise ValueError(
-                    f"{args.data} has {len(groups)} episodes; names are found in {ENOUGH} or more"
+                    f"{args.data} has {len(groups)} episodes; names are found in {FEWEST} or more"
                 )
             looks = np.array([look(group) for group in groups])
             found = find_names(sentences, looks)

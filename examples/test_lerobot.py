@@ -80,7 +80,9 @@ def dataset(request, rows, tmp_path, monkeypatch):
         NAME: dict(dtype="video"),
         "observation.images.wrist": dict(dtype="image"),
     }
-    info = dict(codebase_version=request.param, fps=10, features=features)
+    info = dict(
+        codebase_version=request.param, fps=10, chunks_size=1000, features=features
+    )
     for name in ("meta/episodes/chunk-000", "data/chunk-000"):
         (folder / name).mkdir(parents=True)
     if request.param == "v3.0":
