@@ -41,7 +41,10 @@ class Dataset:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.info = json.loads((self.folder / "meta/info.json").read_text("utf-8"))
-        self.rows = pq.read_table(self.folder / "data")
+        data = self.folder / "data"
+        if not data.exists():
+            raise ValueError(f"there is no {data}")
+        self.rows = pq.read_table(data)
         self.state, self.action = (
             np.array(self.rows[key].to_pylist(), np.float32)
             for key in ("observation.state", "action")
@@ -88,16 +91,17 @@ class Dataset:
             raise ValueError(error) from None
 
     def episodes(self, size):
-        """Of each episode its sentence, and of each camera the middle squares of its pictures, shrunk:
-        {name: (T, size, size, 3) uint8}."""
+        """Of each episode its rows, a slice; its sentence; and of each camera the middle squares of
+        its pictures, shrunk: {name: (T, size, size, 3) uint8}."""
         sentences, episodes = self.metadata()
         numbers = self.rows["episode_index"].to_numpy()
         for episode in episodes:
             start, end = np.searchsorted(numbers, episode["episode_index"] + np.arange(2))
+            rows = slice(start, end)
             views = {}
             for key, about in self.info["features"].items():
                 if about["dtype"] in ("image", "video"):
-                    pictures = self.pictures(key, episode, slice(start, end))
+                    pictures = self.pictures(key, episode, rows)
                     some = itertools.islice(pictures, end - start)
                     small = [ImageOps.fit(one, (size, size), Image.BOX) for one in some]
                     if len(small) < end - start:
@@ -105,7 +109,7 @@ class Dataset:
                             f"{self.folder}: {key} has fewer pictures than rows"
                         )
                     views[key.removeprefix("observation.images.")] = np.array(small)
-            yield sentences[self.rows["task_index"][start].as_py()], views
+            yield rows, sentences[self.rows["task_index"][start].as_py()], views
 
 
 def targets(units, action, state):
@@ -132,17 +136,17 @@ def convert(sets, file, size):
     action = (2 * (action - low) / np.maximum(high - low, 1e-6) - 1).clip(-1, 1)
     units = dict(low=low.tolist(), high=high.tolist(), relative=relative)
 
-    begin = 0  # of an episode, in the rows of all
-    every = itertools.chain(*[dataset.episodes(size) for dataset in sets])
-    for number, (sentence, views) in enumerate(tqdm(every, disable=None)):
-        end = begin + len(next(iter(views.values())))
-        columns = {f"observations/{name}_image": view for name, view in views.items()}
-        columns["observations/ee_pos"] = state[begin:end, :-1]
-        columns["observations/gripper"] = state[begin:end, -1:]
-        columns["actions"] = action[begin:end]
-        frames = [dict(zip(columns, row)) for row in zip(*columns.values())]
-        write_episode(file, number, dict(instruction=sentence), frames)
-        begin = end
+    number = offset = 0  # of the episode, and of the dataset's rows among all
+    for dataset in sets:
+        for rows, sentence, views in tqdm(dataset.episodes(size), disable=None):
+            columns = {f"observations/{name}_image": view for name, view in views.items()}
+            columns["observations/ee_pos"] = state[offset:][rows, :-1]
+            columns["observations/gripper"] = state[offset:][rows, -1:]
+            columns["actions"] = action[offset:][rows]
+            frames = [dict(zip(columns, row)) for row in zip(*columns.values())]
+            write_episode(file, number, dict(instruction=sentence), frames)
+            number += 1
+        offset += len(dataset.state)
     file["data"].attrs.update(units=json.dumps(units), fps=sets[0].info["fps"])
 
 
