@@ -151,8 +151,7 @@ def other_light(images, amount):
     B, V = some.shape[:2]
     light = torch.empty(B, V, 1, 1, 3).uniform_(-0.2, 0.2)
     noise = 8 * torch.rand(B, 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
-    changed = some * (1 + amount * light) + amount * noise
-    some[:] = changed.clamp(0, 255).to(torch.uint8)
+    some[:] = (some * (1 + amount * light) + amount * noise).clamp(0, 255)
 
 
 def shifted(images, uv, most):
@@ -343,6 +342,7 @@ class Demonstrations:
                         episodes.append(self.load(episode, len(episodes)))
                     for intent, sentences in file.get("wordings", {}).items():
                         wordings.setdefault(intent, []).extend(sentences.asstr()[:])
+                    self.units = file["data"].attrs.get("units")  # of its actions
             except (KeyError, ValueError, OSError) as error:
                 raise ValueError(f"{path}: {error}") from None
         # without wordings each sentence stands for itself, and there are no intents
@@ -442,7 +442,7 @@ class Demonstrations:
             zlib.decompress(view) for moment in moments for view in moment
         )
         shape = len(rows), -1, self.image_size, self.image_size, 3
-        return torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(shape))
+        return torch.frombuffer(raw, dtype=torch.uint8).view(shape)
 
     def batch(self, rows, rng, augment=False):
         """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and goal
@@ -624,13 +624,13 @@ if args.resume:
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     first_step, history = saved["step"], saved["history"]
-about = dict(code=code_version(), torch=str(torch.__version__))
+code = code_version()
 if RANK == 0:
     print(
         f"{data}: {len(demos.train)} moments to train on, {len(demos.held_out)} held out, of "
         f"{', '.join(demos.tasks)}\n{config.model}: "
         f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}, "
-        f"{'bfloat16' if bf16 else 'float32'}, torch {about['torch']}, code {about['code']}",
+        f"{'bfloat16' if bf16 else 'float32'}, torch {torch.__version__}, code {code}",
         flush=True,
     )
 
@@ -655,7 +655,7 @@ def validate():
 def save(step):
     settings = vars(args) | dict(out_dir="", resume="", overwrite=False)
     states = [optimizer.state_dict() for optimizer in optimizers]
-    model.save(ckpt, step=step, **about)
+    model.save(ckpt, step=step, code=code, units=demos.units)
     model.save(
         resume_pt, step=step, settings=settings, history=history, optimizers=states
     )
