@@ -148,9 +148,8 @@ def other_light(images, amount):
     which may have a tint, and with a camera's noise. That differs among the worlds of --randomize
     and needs no simulator."""
     some = images[::2]
-    B, V = some.shape[:2]
-    light = torch.empty(B, V, 1, 1, 3).uniform_(-0.2, 0.2)
-    noise = 8 * torch.rand(B, 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
+    light = torch.empty(*some.shape[:2], 1, 1, 3).uniform_(-0.2, 0.2)
+    noise = 8 * torch.rand(len(some), 1, 1, 1, 1) * torch.randn(some.shape)  # of 255
     some[:] = (some * (1 + amount * light) + amount * noise).clamp(0, 255)
 
 
@@ -208,8 +207,7 @@ class Sentences:
         asked = [self.requests[request] for request in requests]
         if "none" in self.wordings:
             asked += [("none", {})] * self.NONE
-        worded = [self.phrase(*request, rng) for request in asked]
-        text, true_text, intent, spoken = zip(*worded)
+        text, true_text, intent, spoken = zip(*[self.phrase(*one, rng) for one in asked])
         return dict(
             text=pad_sequence(text, True),
             true_text=pad_sequence(true_text, True),
@@ -227,8 +225,7 @@ class Sentences:
         true_text    put the red cube on the green disc
         text         put the blue cube on the purple disc
         """
-        choice = self.wordings[intent]
-        wording = pick(choice, rng)
+        wording = pick(self.wordings[intent], rng)
         blanks = re.findall(r"{(\w+)}", wording)
         # Random names of the vocabulary; if there are too few, the bare slot: "block".
         shuffled = dict(zip(blanks, [*rng.permutation(self.vocabulary), *blanks]))
@@ -247,7 +244,7 @@ class Sentences:
 
 
 # ---------------------------------------------------------------------- labels in hindsight
-# How far the gripper is open with a thing in it, as a share of its widest: from EMPTY to FULL.
+# Where a gripper that holds a thing is: EMPTY to FULL of its way from shut, 0 or less, to open.
 EMPTY = 0.1
 FULL = 0.65
 UNDER = 0.04  # m from the opening hand down to what lies below the thing: a pad 3, a block 5 cm
@@ -344,7 +341,7 @@ class Demonstrations:
                         wordings.setdefault(intent, []).extend(sentences.asstr()[:])
                     self.units = file["data"].attrs.get("units")  # of its actions
             except (KeyError, ValueError, OSError) as error:
-                raise ValueError(f"{path}: {error}") from None
+                raise ValueError(f"{path}: {error}")
         # without wordings each sentence stands for itself, and there are no intents
         known = bool(wordings)
         for episode in episodes:
@@ -356,9 +353,9 @@ class Demonstrations:
         self.intents = self.sentences.intents if known else {}
         self.tasks = tuple(dict.fromkeys(episode["task"] for episode in episodes))
 
-        widest = max(episode["opening"].max() for episode in episodes)
+        every = np.hstack([0, *[episode["opening"] for episode in episodes]])
         for episode in episodes:
-            self.label(episode, episode["opening"] / widest)
+            self.label(episode, (episode["opening"] - every.min()) / np.ptp(every))
         for name in ("state", "action", "goal", "uv"):
             column = np.concatenate([episode[name] for episode in episodes])
             setattr(self, name, torch.from_numpy(column).float())
@@ -370,7 +367,8 @@ class Demonstrations:
             [episode["scene_seed"] for episode in episodes], return_inverse=True
         )
         held_out = (scene % 20 == 0)[self.episode]
-        self.train, self.held_out = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        self.train = np.flatnonzero(~held_out)
+        self.held_out = np.flatnonzero(held_out)
         self.goal_mean, self.goal_std = self.spread(self.goal)
 
     def load(self, episode, number):
@@ -606,7 +604,8 @@ torch.manual_seed(args.seed)
 model = POLICIES[config.model](full)
 model.state_mean, model.state_std = demos.spread(demos.state)
 if config.model == "vla":
-    model.goal_mean, model.goal_std = demos.goal_mean, demos.goal_std
+    model.goal_mean = demos.goal_mean
+    model.goal_std = demos.goal_std
     some = demos.pictures_of(torch.from_numpy(demos.train[::499])).float()
     model.vision.image_mean.fill_(some.mean())
     model.vision.image_std.fill_(some.std() + 1)
@@ -623,13 +622,14 @@ if args.resume:
     model.load_state_dict(saved["weights"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
-    first_step, history = saved["step"], saved["history"]
+    first_step = saved["step"]
+    history = saved["history"]
 code = code_version()
 if RANK == 0:
     print(
-        f"{data}: {len(demos.train)} moments to train on, {len(demos.held_out)} held out, of "
-        f"{', '.join(demos.tasks)}\n{config.model}: "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {device}, "
+        f"{data}: {len(demos.train)} moments to train on, {len(demos.held_out)} held out; thing "
+        f"known in {demos.goal[:, 0].isfinite().float().mean():.0%}, of {', '.join(demos.tasks)}\n"
+        f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, "
         f"{'bfloat16' if bf16 else 'float32'}, torch {torch.__version__}, code {code}",
         flush=True,
     )

@@ -18,7 +18,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 import io
-import itertools
 import json
 
 import av
@@ -41,10 +40,7 @@ class Dataset:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.info = json.loads((self.folder / "meta/info.json").read_text("utf-8"))
-        data = self.folder / "data"
-        if not data.exists():
-            raise ValueError(f"there is no {data}")
-        self.rows = pq.read_table(data)
+        self.rows = pq.read_table((self.folder / "data").resolve(strict=True))
         self.state, self.action = (
             np.array(self.rows[key].to_pylist(), np.float32)
             for key in ("observation.state", "action")
@@ -67,7 +63,7 @@ class Dataset:
         raise ValueError(f"{self.folder} is of version {version}, not v3.0 or v2.1")
 
     def pictures(self, key, episode, rows):
-        """A camera's pictures of an episode, from its first on."""
+        """A camera's pictures of an episode."""
         if self.info["features"][key]["dtype"] == "image":
             for cell in self.rows[key][rows]:
                 yield Image.open(io.BytesIO(cell["bytes"].as_py())).convert("RGB")
@@ -81,11 +77,15 @@ class Dataset:
             file_index=episode.get(f"videos/{key}/file_index"),
         )
         start = episode.get(f"videos/{key}/from_timestamp", 0)  # s
+        end = episode.get(f"videos/{key}/to_timestamp", np.inf)
         try:
             with av.open(self.folder / path) as film:
                 film.seek(int(start * av.time_base))  # or shortly before
                 for frame in film.decode(video=0):
-                    if frame.time > start - 0.5 / self.info["fps"]:
+                    middle = frame.time + 0.5 / self.info["fps"]
+                    if middle > end:
+                        break
+                    if middle > start:
                         yield frame.to_image()
         except av.FFmpegError as error:
             raise ValueError(error) from None
@@ -102,11 +102,14 @@ class Dataset:
             for key, about in self.info["features"].items():
                 if about["dtype"] in ("image", "video"):
                     pictures = self.pictures(key, episode, rows)
-                    some = itertools.islice(pictures, end - start)
-                    small = [ImageOps.fit(one, (size, size), Image.BOX) for one in some]
-                    if len(small) < end - start:
+                    small = [
+                        ImageOps.fit(one, (size, size), Image.BOX) for one in pictures
+                    ]
+                    # lerobot's streaming_encoding drops pictures when it is late.
+                    if len(small) != end - start:
                         raise ValueError(
-                            f"{self.folder}: {key} has fewer pictures than rows"
+                            f"{self.folder}: episode {episode['episode_index']} has "
+                            f"{end - start} rows and {len(small)} pictures of {key}"
                         )
                     views[key.removeprefix("observation.images.")] = np.array(small)
             yield rows, sentences[self.rows["task_index"][start].as_py()], views

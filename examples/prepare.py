@@ -35,7 +35,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import KFold, cross_val_predict
 
 from gen_data import CONTROL_HZ, PRIVILEGED, explain_errors
-from model import split
+from model import Config, split
 
 SLOTS = ("thing", "place")  # what is named when the gripper closes, and when it opens
 CELLS = 8  # across a picture
@@ -64,11 +64,31 @@ def copy(paths, file):
                         for key in PRIVILEGED:
                             group["observations"].pop(key, None)
                         groups.append(group)
-                        sentences.append(episode.attrs["instruction"])
+                        sentence = episode.attrs["instruction"]
+                        if isinstance(sentence, bytes):
+                            sentence = sentence.decode()
+                        sentences.append(sentence)
+                        check(episode.name, group, groups[0], sentence)
                 file["data"].attrs.update(source["data"].attrs)
-        except (KeyError, OSError) as error:
+        except (KeyError, ValueError, OSError) as error:
             raise ValueError(f"{path}: {error}") from None
     return groups, sentences
+
+
+def check(name, group, first, sentence):
+    """Refuses an episode that cannot be learned from, or not with the first."""
+    keys, wanted = set(group["observations"]), set(first["observations"])
+    if keys != wanted:
+        raise ValueError(f"{name} has {keys - wanted} and lacks {wanted - keys}")
+    for view in views_of(group):
+        if view.shape[1:] != (view.shape[1], view.shape[1], 3) or view.dtype != np.uint8:
+            raise ValueError(
+                f"pictures are (T, size, size, 3) uint8, not {view.shape} as {view.name} is"
+            )
+    if len(split(sentence)) > Config().max_text:
+        raise ValueError(
+            f"{name} has a sentence of more than {Config().max_text} words: {sentence}"
+        )
 
 
 def views_of(group):
@@ -80,10 +100,14 @@ def oddities(group, fps):
     actions = group["actions"][:]
     state = np.hstack([group[f"observations/{key}"] for key in ("ee_pos", "gripper")])
     first = np.ptp(state[:fps], 0)
+    # Positive if the gripper is wide when it is told to be, with some delay.
+    obeys = np.cov(actions[:, -1], state[:, -1])[0, 1]
     facts = {
         "are shorter than a second": len(actions) < fps,
         "begin with a second without a move": (first <= STILL * np.ptp(state, 0)).all(),
         "never move the gripper": np.ptp(actions[:, -1]) < STILL,
+        "never shut it, with a last action below 0": actions[:, -1].min() >= 0,
+        "open it with a last action below 0": obeys < -STILL * np.ptp(state[:, -1]),
         "never move anything else": np.ptp(actions[:, :-1]) < STILL,
         "have a camera that always shows the same": any(
             (data[:] == data[0]).all() for data in views_of(group)
