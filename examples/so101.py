@@ -1,9 +1,9 @@
 """The SO-101 arm in simulation: demonstrations as a dataset of LeRobot's, and scores.
 
     python examples/so101.py record data/so101
-    python examples/lerobot.py data/so101 data/so101.h5 --size 96
+    python examples/lerobot.py data/so101 data/so101.h5
     python examples/prepare.py data/so101.h5 data/ready.h5
-    python train.py --data data/ready.h5 --steps 3000 --keep_patches 80 --out_dir out_so101
+    python train.py --data data/ready.h5 --steps 3000 --out_dir out_so101
     python examples/so101.py eval out_so101/ckpt.pt
 
 The simulator is so101-nexus, its task MuJoCoPickAndPlace-v1: a red cube is to lie on a blue circle,
@@ -42,7 +42,13 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 from scipy.optimize import least_squares
-from so101_nexus import PickAndPlaceConfig, RenderConfig, RenderingQuality
+from so101_nexus import (
+    SO101_JOINT_NAMES,
+    CubeObject,
+    PickAndPlaceConfig,
+    RenderConfig,
+    RenderingQuality,
+)
 from so101_nexus.constants import COLOR_MAP
 from tqdm import tqdm
 
@@ -52,9 +58,10 @@ from gen_data import explain_errors
 from model import Policy, load_file
 from play import save
 
-CUBES = "red", "green", "yellow"  # the first alone without --colors
-CIRCLES = "blue", "purple", "white"
-JOINTS = "shoulder_pan shoulder_lift elbow_flex wrist_flex wrist_roll gripper".split()
+SPAWN = multiprocessing.get_context("spawn")  # OpenGL does not survive a fork
+CUBES = "red", "green", "purple"  # the first alone without --colors
+CIRCLES = "blue", "white", "orange"
+FIRST = 2_000_000  # seed of the first scene of demonstrations
 SIZE = 192  # px, of recorded pictures
 GRID = 0.002  # m, see simplify()
 FPS = 10  # control steps a second
@@ -71,6 +78,8 @@ SHOULDER = 0.039  # m, where the arm turns, on the axis x
 READY = (-0.3, 0.6, 1.3, -1.57)
 NOISE = 0.06  # rad, of a disturbance of what is executed
 DISTURBED = 0.15  # share of steps with a new one, which fades
+MISTAKEN = 0.4  # share of episodes that begin where an expert that is wrong has led
+MISTAKE = 0.12  # m, standard deviation of what it is wrong by, each way
 
 
 def simplify(model):
@@ -88,9 +97,9 @@ def simplify(model):
         )
         moved = first[cell.ravel()][faces]
         wide = (moved != np.roll(moved, 1, 1)).all(1)
-        model.mesh_facenum[mesh] = wide.sum()
-        faces[: wide.sum()] = moved[wide]
-        normals[: wide.sum()] = normals[wide]
+        n = model.mesh_facenum[mesh] = wide.sum()
+        faces[:n] = moved[wide]
+        normals[:n] = normals[wide]
 
 
 class Scene:
@@ -101,6 +110,7 @@ class Scene:
         circles = CIRCLES if colors else CIRCLES[:1]
         config = PickAndPlaceConfig(
             target_colors=[*circles],
+            distractors=[CubeObject(), CubeObject()],
             n_distractors=len(self.cubes) - 1,
             render=RenderConfig(quality=RenderingQuality(msaa_samples=0)),
         )
@@ -113,7 +123,9 @@ class Scene:
         self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
         self.above = mujoco.MjvCamera()
         self.above.lookat[:] = 0.25, 0, 0
-        self.above.distance, self.above.elevation, self.above.azimuth = 0.8, -90, 0
+        self.above.distance = 0.8  # m
+        self.above.elevation = -90  # degrees
+        self.above.azimuth = 0  # degrees
 
     def reset(self, seed, named=0):
         """Makes a scene, returns its sentence. named: the number of the cube that it names."""
@@ -123,9 +135,9 @@ class Scene:
         colors = np.random.default_rng(seed).permutation(self.cubes)
         for slot, color in zip(self.slots, colors):
             env.model.geom_rgba[slot.geom_ids] = COLOR_MAP[color]
-        # What the environment scores by.
-        env._slots = [self.slots[named]]
-        env._set_target_geoms(self.slots[named].geom_ids)
+        cube = self.slots[named]  # what the environment scores by
+        env._slots = [cube]
+        env._set_target_geoms(cube.geom_ids)
         return (
             f"Pick up the {colors[named]} cube and place it on the "
             f"{env.target_color_name} circle."
@@ -165,19 +177,23 @@ class Scene:
             miss = data.site_xpos[env._tcp_site_id] - place
             return [*20 * miss, *0.2 * points[:2], 0.5 * shuts[2], 0.2 * askew]
 
-        start = [-np.arctan2(place[1], place[0] - SHOULDER), *READY]
         bounds = env._target_low[:5], env._target_high[:5]
+        start = [-np.arctan2(place[1], place[0] - SHOULDER), *READY]
+        start = np.clip(start, *bounds)
         return least_squares(away, start, bounds=bounds, xtol=1e-3, ftol=1e-3).x
 
-    def ask_expert(self):
-        """A target (6,), rad, by what is where now, whatever came before."""
+    def ask_expert(self, mistake=0):
+        """A target (6,), rad, by what is where now, whatever came before. mistake (3,), m: by how
+        much it is wrong about where the cube is."""
         env, joints = self.env, self.joints()
         tip = env.data.site_xpos[env._tcp_site_id]
         *cube, w, x, y, z = env._get_object_pose()
+        cube = np.array(cube) + mistake
         goal = env._get_target_pos()
         way = goal - cube
         edges = 2 * np.arctan2(z, w)
-        across, up = np.linalg.norm((tip - cube)[:2]), tip[2] - cube[2]
+        across = np.linalg.norm((tip - cube)[:2])
+        up = tip[2] - cube[2]
         left = np.linalg.norm(way[:2])
         held = across < 2 * NEAR and abs(up) < 2 * NEAR and joints[5] < HELD
         shut = held
@@ -190,7 +206,7 @@ class Scene:
         elif held:
             place = np.array([*(tip + way)[:2], ABOVE])
         elif across < NEAR:
-            place = np.array(cube)
+            place = cube
             shut = up < NEAR
         else:
             place = np.array([*cube[:2], ABOVE])
@@ -215,6 +231,10 @@ def demonstrate(job):
     sentence = scene.reset(seed)
     rng = np.random.default_rng(seed)
     frames, noise = [], np.zeros(6)
+    if rng.random() < MISTAKEN:
+        mistake = [*rng.normal(0, MISTAKE, 2), 0]
+        for _ in range(rng.integers(5, 25)):
+            scene.step(scene.ask_expert(mistake))
     for _ in range(STEPS):
         target = scene.ask_expert()
         views = {f"observation.images.{k}": v for k, v in scene.pictures().items()}
@@ -228,7 +248,9 @@ def demonstrate(job):
 
 
 def record(args):
-    numbers = dict(dtype="float32", shape=(6,), names=[f"{name}.pos" for name in JOINTS])
+    numbers = dict(
+        dtype="float32", shape=(6,), names=[f"{name}.pos" for name in SO101_JOINT_NAMES]
+    )
     video = dict(
         dtype="video", shape=(SIZE, SIZE, 3), names=["height", "width", "channels"]
     )
@@ -236,7 +258,6 @@ def record(args):
         repo_id="local/so101",
         fps=FPS,
         root=args.out,
-        robot_type="so101",
         streaming_encoding=True,
         encoder_queue_maxsize=STEPS,  # lerobot drops what is beyond
         features={
@@ -246,14 +267,13 @@ def record(args):
             "observation.images.wrist": video,
         },
     )
-    jobs = [(args.seed + i, args) for i in range(2 * args.episodes)]
-    with pool(args) as workers:
+    jobs = [(FIRST + i, args) for i in range(2 * args.episodes)]
+    with SPAWN.Pool() as workers:
         made = filter(None, workers.imap(demonstrate, jobs))
         for sentence, frames in tqdm(itertools.islice(made, args.episodes)):
             for frame in frames:
                 dataset.add_frame(frame | dict(task=sentence))
             dataset.save_episode()
-        workers.terminate()
     dataset.finalize()
 
 
@@ -264,7 +284,7 @@ def play(job):
     torch.set_num_threads(1)
     policy, units = load(args.ckpt)
     scene = make_scene(args.colors)
-    sentence = scene.reset(seed, named=int(args.control == "swap"))
+    sentence = scene.reset(seed, named=args.control == "swap")
     if args.control == "deaf":
         sentence = ""
     policy.reset(seed)
@@ -287,7 +307,7 @@ def play(job):
 
 def evaluate(args):
     jobs = [(seed, args) for seed in range(args.seed, args.seed + args.episodes)]
-    with pool(args) as workers:
+    with SPAWN.Pool() as workers:
         played = list(tqdm(workers.imap(play, jobs), total=len(jobs), disable=None))
     placed, grasped, away, films = zip(*played)
     print("placed", percent(sum(placed), len(placed)))
@@ -295,10 +315,6 @@ def evaluate(args):
     print("within 6 cm", percent(sum(d < 0.06 for d in away), len(placed)))
     if args.gif:
         save(films[:9], args.gif)
-
-
-def pool(args):
-    return multiprocessing.get_context("spawn").Pool(args.workers)
 
 
 if __name__ == "__main__":
@@ -311,7 +327,6 @@ if __name__ == "__main__":
     sub.set_defaults(run=record)
     sub.add_argument("out", type=Path, help="folder to make")
     sub.add_argument("--episodes", type=int, default=500)
-    sub.add_argument("--seed", type=int, default=2_000_000)
     sub = commands.add_parser("eval")
     sub.set_defaults(run=evaluate)
     sub.add_argument("ckpt")
@@ -327,6 +342,5 @@ if __name__ == "__main__":
         sub.add_argument(
             "--colors", action="store_true", help="three cubes, three circles"
         )
-        sub.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     args.run(args)
