@@ -570,7 +570,6 @@ if ckpt.exists() and not args.resume and not args.overwrite:
         f"{ckpt} exists; --resume {out_dir} carries on from it, --overwrite replaces it, "
         "--out_dir goes elsewhere"
     )
-out_dir.mkdir(parents=True, exist_ok=True)
 if RANKS > 1:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -588,6 +587,7 @@ paths = sorted(glob.glob(f"{data}/*.h5") or glob.glob(data))
 if not paths:
     raise ValueError(f"there is no {data}; gen_data.py makes demonstrations")
 demos = Demonstrations(paths)
+out_dir.mkdir(parents=True, exist_ok=True)
 full = dataclasses.replace(
     config,
     cameras=demos.cameras,
@@ -627,8 +627,8 @@ if args.resume:
 code = code_version()
 if RANK == 0:
     print(
-        f"{data}: {len(demos.train)} moments to train on, {len(demos.held_out)} held out; thing "
-        f"known in {demos.goal[:, 0].isfinite().float().mean():.0%}, of {', '.join(demos.tasks)}\n"
+        f"{data}: {len(demos.train)} moments of {', '.join(demos.tasks)} to train on, "
+        f"{len(demos.held_out)} held out, thing unknown in {demos.goal[:, 0].isnan().sum()}\n"
         f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters; {device}, "
         f"{'bfloat16' if bf16 else 'float32'}, torch {torch.__version__}, code {code}",
         flush=True,

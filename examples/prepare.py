@@ -57,18 +57,19 @@ def copy(paths, file):
         try:
             with h5py.File(path) as source:
                 for episode in source["data"].values():
-                    if not episode.attrs.get("interrupted"):
-                        group = file.create_group(f"data/demo_{len(groups)}")
-                        for key in ("observations", "actions"):
-                            episode.copy(key, group)
-                        for key in PRIVILEGED:
-                            group["observations"].pop(key, None)
-                        groups.append(group)
-                        sentence = episode.attrs["instruction"]
-                        if isinstance(sentence, bytes):
-                            sentence = sentence.decode()
-                        sentences.append(sentence)
-                        check(episode.name, group, groups[0], sentence)
+                    if episode.attrs.get("interrupted"):
+                        continue
+                    group = file.create_group(f"data/demo_{len(groups)}")
+                    for key in ("observations", "actions"):
+                        episode.copy(key, group)
+                    for key in PRIVILEGED:
+                        group["observations"].pop(key, None)
+                    sentence = episode.attrs["instruction"]
+                    if isinstance(sentence, bytes):
+                        sentence = sentence.decode()
+                    groups.append(group)
+                    sentences.append(sentence)
+                    check(episode.name, group, groups[0], sentence)
                 file["data"].attrs.update(source["data"].attrs)
         except (KeyError, ValueError, OSError) as error:
             raise ValueError(f"{path}: {error}") from None
@@ -77,13 +78,14 @@ def copy(paths, file):
 
 def check(name, group, first, sentence):
     """Refuses an episode that cannot be learned from, or not with the first."""
-    keys, wanted = set(group["observations"]), set(first["observations"])
+    keys, wanted = list(group["observations"]), list(first["observations"])
     if keys != wanted:
-        raise ValueError(f"{name} has {keys - wanted} and lacks {wanted - keys}")
+        raise ValueError(f"{name} has {keys}, the first episode {wanted}")
     for view in views_of(group):
         if view.shape[1:] != (view.shape[1], view.shape[1], 3) or view.dtype != np.uint8:
             raise ValueError(
-                f"pictures are (T, size, size, 3) uint8, not {view.shape} as {view.name} is"
+                f"pictures are (T, size, size, 3) uint8, not {view.shape} {view.dtype} as "
+                f"{name}'s {view.name.split('/')[-1]}"
             )
     if len(split(sentence)) > Config().max_text:
         raise ValueError(
@@ -100,14 +102,16 @@ def oddities(group, fps):
     actions = group["actions"][:]
     state = np.hstack([group[f"observations/{key}"] for key in ("ee_pos", "gripper")])
     first = np.ptp(state[:fps], 0)
-    # Positive if the gripper is wide when it is told to be, with some delay.
+    # Positive if the gripper is wider open when it is told to open, with some delay.
     obeys = np.cov(actions[:, -1], state[:, -1])[0, 1]
     facts = {
         "are shorter than a second": len(actions) < fps,
         "begin with a second without a move": (first <= STILL * np.ptp(state, 0)).all(),
         "never move the gripper": np.ptp(actions[:, -1]) < STILL,
-        "never shut it, with a last action below 0": actions[:, -1].min() >= 0,
-        "open it with a last action below 0": obeys < -STILL * np.ptp(state[:, -1]),
+        "never tell the gripper to shut, by a last action below 0": actions[:, -1].min()
+        >= 0,
+        "open the gripper where the last action is below 0": obeys
+        < -STILL * np.ptp(state[:, -1]),
         "never move anything else": np.ptp(actions[:, :-1]) < STILL,
         "have a camera that always shows the same": any(
             (data[:] == data[0]).all() for data in views_of(group)
@@ -210,13 +214,13 @@ if __name__ == "__main__":
             odd = Counter(why for group in groups for why in oddities(group, fps))
             for why, count in odd.items():
                 print(f"{count} of {len(groups)} episodes {why}")
-            if len(groups) < FEWEST and not args.plain:
-                raise ValueError(
-                    f"{args.data} has {len(groups)} episodes; names are found in {FEWEST} or more. "
-                    "--plain looks for none"
-                )
             found = [{}] * len(groups)
             if not args.plain:
+                if len(groups) < FEWEST:
+                    raise ValueError(
+                        f"{args.data} has {len(groups)} episodes; names are found in {FEWEST} or "
+                        "more. --plain looks for none"
+                    )
                 looks = np.array([look(group) for group in groups])
                 found = find_names(sentences, looks)
             for group, sentence, names in zip(groups, sentences, found):
