@@ -83,7 +83,7 @@ class Config:
     flow_steps: int = 4  # integration steps of the flow head
     chunk: int = 8  # K, actions predicted in a forward pass
     execute: int = 0  # actions before the next forward pass; 0: half the chunk
-    ensemble: int = 0  # 1: a forward pass in every step, all chunks averaged (ACT)
+    ensemble: int = 0  # 1: a pass in every step, chunks averaged (ACT); not for mixture
 
     def __post_init__(self):
         if self.width % 4 or self.width % self.heads:
@@ -96,10 +96,6 @@ class Config:
             )
         if self.execute > self.chunk:
             raise ValueError(f"execute {self.execute} is more than chunk {self.chunk}")
-        if self.ensemble and self.head == "mixture":
-            raise ValueError(
-                "ensemble averages chunks, which a mixture is there to avoid"
-            )
 
     @property
     def max_text(self):
@@ -173,7 +169,7 @@ class Policy(nn.Module):
                 raise ValueError(
                     f"a picture is ({size}, {size}, 3) uint8, not {image.shape}"
                 )
-        state = np.concatenate([np.ravel(history[0][key]) for key in config.state_keys])
+        state = np.hstack([history[0][key] for key in config.state_keys])
         if len(state) != config.state_size or not np.isfinite(state).all():
             raise ValueError(
                 f"{config.state_keys} are {config.state_size} finite numbers"
@@ -226,7 +222,7 @@ class Policy(nn.Module):
         model.load_state_dict(saved["weights"])
         model.path = str(path)
         model.step = saved["step"]
-        model.code = saved.get("code", "unknown")
+        model.code = saved["code"]
         return model.eval()
 
 
@@ -297,8 +293,12 @@ class VLA(Policy):
             others = torch.cat([others, found], 1)  # (B, 3, C)
             dropped = log_kept.new_full((*found.shape[:2], self.vision.patches), DROPPED)
             log_all = dropped.scatter(2, kept[:, None].expand_as(log_kept), log_kept)
-            spots = mean_places(log_all, self.vision.side, shift)
-            goal = self.goal(torch.cat([spots, state], 1))
+            thing, place = mean_places(log_all, self.vision.side, shift)
+            # Each pointer learns from its own goal. Else both look at what is easier to find.
+            there = self.goal(torch.cat([thing, place.detach(), state], 1))
+            then = self.goal(torch.cat([thing.detach(), place, state], 1))
+            half = self.config.goal_size // 2
+            goal = torch.cat([there[:, :half], then[:, half:]], 1)
             answer |= dict(goal=goal, attention=log_all)
 
         # What is done: finish() calls the head.
@@ -509,7 +509,7 @@ class Pointers(nn.Module):
         super().__init__()
         C = config.width
         self.scale = C**-0.5
-        self.roles = nn.Parameter(torch.randn(len(POINTERS), C) * 0.02)
+        self.roles = nn.Parameter(torch.randn(len(POINTERS), C))
         self.query = nn.Linear(C, C)
         self.word_norm = nn.LayerNorm(C)
         # No biases in keys, see block().
@@ -534,7 +534,7 @@ class Pointers(nn.Module):
 
 
 def mean_places(attention, side, shift):
-    """Where pointers look, (B, 2 * 3 V), from their log-attention (B, 2, P), in the manner of a
+    """Where pointers look, (B, 3 V) each, from their log-attention (B, 2, P), in the manner of a
     spatial softmax (arXiv:1509.06113): of each, in each view, how much of its attention is there,
     and the mean place of that, y and x from the picture's middle, before the shift."""
     share = attention.float().exp().unflatten(2, (-1, side**2))  # (B, 2, V, side * side)
@@ -543,7 +543,7 @@ def mean_places(attention, side, shift):
     total = share.sum(3, keepdim=True)  # (B, 2, V, 1)
     # A sum, not a matrix product, in which bf16 would be too coarse.
     place = (share[..., None] * place[:, None, None]).sum(3)  # (B, 2, V, 2)
-    return torch.cat([total, place / (total + 1e-3)], 3).flatten(1)
+    return torch.cat([total, place / (total + 1e-3)], 3).flatten(2).unbind(1)
 
 
 # ------------------------------------------------------------------------------------- fusion
@@ -769,11 +769,12 @@ def load_file(path):
 
 def code_version():
     """git's name of the code that runs, or "unknown"."""
-    command = "git describe --always --dirty"
     folder = Path(__file__).parent
     # By a shell, to which a machine without git is no exception.
-    git = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"
+    status, name = subprocess.getstatusoutput(
+        f'git -C "{folder}" describe --always --dirty'
+    )
+    return "unknown" if status else name
 
 
 POLICIES = dict(vla=VLA, bc=BC)

@@ -922,7 +922,6 @@ train.py --data demos --out_dir toy => --overwrite
 train.py --data demos --width 100 --heads 3 => width 100
 train.py --data demos --patch 7 => patch 7
 train.py --data demos --execute 9 => execute 9
-train.py --data demos --ensemble 1 => ensemble
 train.py --data demos --head hand => 'hand'
 train.py --resume demos => resume.pt
 train.py --resume toy --width 64 => another configuration

@@ -369,7 +369,6 @@ class Demonstrations:
         held_out = (scene % 20 == 0)[self.episode]
         self.train = np.flatnonzero(~held_out)
         self.held_out = np.flatnonzero(held_out)
-        self.goal_mean, self.goal_std = self.spread(self.goal)
 
     def load(self, episode, number):
         """An episode of T moments as a dict: its attributes, and its arrays but for the pictures.
@@ -401,7 +400,7 @@ class Demonstrations:
         )
         sentence = episode.attrs["instruction"]
         about = dict(intent=sentence, slots="{}", task="demonstrated", interrupted=False)
-        about |= dict(scene_seed=number) | dict(episode.attrs)
+        about |= {"scene_seed": number, **episode.attrs}
         return about | dict(
             action=action,
             state=np.hstack([read(f"observations/{key}") for key in self.state_keys]),
@@ -444,8 +443,8 @@ class Demonstrations:
 
     def batch(self, rows, rng, augment=False):
         """What the policy is trained on at these moments (B,), a dict: see VLA.forward, and goal
-        (B, G), normalised, nan: unknown; spot (B, 2, P'), wanted attention. Each different request
-        has one sentence: intent (U,), the number of what it asks; spoken (U, 2), see Sentences."""
+        (B, G), nan: unknown; spot (B, 2, P'), wanted attention. Each different request has one
+        sentence: intent (U,), the number of what it asks; spoken (U, 2), see Sentences."""
         rows = torch.from_numpy(rows)
         images = self.pictures_of(rows)
         uv = self.uv[rows]
@@ -467,7 +466,7 @@ class Demonstrations:
             number=number,
             target=self.action[ahead.minimum(end - 1)],
             valid=ahead < end,
-            goal=(self.goal[rows] - self.goal_mean) / self.goal_std,
+            goal=self.goal[rows],
             spot=attention_target(uv, self.image_size // config.patch),
         )
         return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -483,14 +482,15 @@ def compute_losses(net, batch):
     error = found["error"].float().mean(-1) * batch["valid"]  # (B, K)
     terms = dict(action=error.sum() / batch["valid"].sum())
     if "goal" in found:
-        known = batch["goal"].isfinite()
-        goal = found["goal"].float()[known]
-        error = F.smooth_l1_loss(goal, batch["goal"][known], beta=0.1, reduction="sum")
+        goal = (batch["goal"] - model.goal_mean) / model.goal_std
+        known = goal.isfinite()
+        error = F.smooth_l1_loss(
+            found["goal"].float()[known], goal[known], beta=0.1, reduction="sum"
+        )
         terms["goal"] = error / known.sum().clamp_min(1)
     if "attention" in found and config.vision != "cnn":
         spot = batch["spot"]
-        # logarithms, of the newest pictures
-        attention = found["attention"].float()[..., : spot.shape[2]]
+        attention = found["attention"].float()[..., : spot.shape[2]]  # logarithms
         spot = spot * (attention > DROPPED / 2)  # at kept patches
         terms["attention"] = -(
             (attention * spot).sum(2) / spot.sum(2).clamp_min(1e-6)
@@ -604,8 +604,7 @@ torch.manual_seed(args.seed)
 model = POLICIES[config.model](full)
 model.state_mean, model.state_std = demos.spread(demos.state)
 if config.model == "vla":
-    model.goal_mean = demos.goal_mean
-    model.goal_std = demos.goal_std
+    model.goal_mean, model.goal_std = demos.spread(demos.goal)
     some = demos.pictures_of(torch.from_numpy(demos.train[::499])).float()
     model.vision.image_mean.fill_(some.mean())
     model.vision.image_std.fill_(some.std() + 1)

@@ -105,9 +105,8 @@ class Scene:
 
     def __init__(self, colors):
         self.cubes = CUBES if colors else CUBES[:1]
-        circles = CIRCLES if colors else CIRCLES[:1]
         config = PickAndPlaceConfig(
-            target_colors=[*circles],
+            target_colors=list(CIRCLES if colors else CIRCLES[:1]),
             distractors=[CubeObject(), CubeObject()],
             n_distractors=len(self.cubes) - 1,
             render=RenderConfig(quality=RenderingQuality(msaa_samples=0)),
@@ -176,8 +175,7 @@ class Scene:
             return [*20 * miss, *0.2 * points[:2], 0.5 * shuts[2], 0.2 * askew]
 
         bounds = env._target_low[:5], env._target_high[:5]
-        start = [-np.arctan2(place[1], place[0] - SHOULDER), *READY]
-        start = np.clip(start, *bounds)
+        start = np.clip([-np.arctan2(place[1], place[0] - SHOULDER), *READY], *bounds)
         return least_squares(away, start, bounds=bounds, xtol=1e-3, ftol=1e-3).x
 
     def ask_expert(self, mistake=0):
@@ -185,11 +183,11 @@ class Scene:
         much it is wrong about where the cube is."""
         env, joints = self.env, self.joints()
         tip = env.data.site_xpos[env._tcp_site_id]
-        *cube, w, x, y, z = env._get_object_pose()
-        cube = np.array(cube) + mistake
+        pose = env._get_object_pose()  # m, and a quaternion
+        cube = pose[:3] + mistake
         goal = env._get_target_pos()
         way = goal - cube
-        edges = 2 * np.arctan2(z, w)
+        edges = 2 * np.arctan2(pose[6], pose[3])
         across = np.linalg.norm((tip - cube)[:2])
         up = tip[2] - cube[2]
         left = np.linalg.norm(way[:2])
@@ -288,23 +286,23 @@ def play(job):
     sentence = scene.reset(seed, named=args.control == "swap")
     if args.control == "deaf":
         sentence = ""
+    config = policy.config
     policy.reset(seed)
     grasped, film = False, []
-    size = policy.config.image_size
     for _ in range(STEPS):
-        views = scene.pictures()
-        film.append(Image.fromarray(views["above"]))
         joints = scene.joints()
-        obs = dict(ee_pos=joints[:5], gripper=joints[5:])
-        for name, view in views.items():
-            small = Image.fromarray(view).resize((size, size), Image.BOX)
-            obs[f"{name}_image"] = np.array(small) * (args.control != "blind")
+        if not policy.plans or config.frames > 1 or config.ensemble:  # it looks
+            obs = dict(ee_pos=joints[:5], gripper=joints[5:])
+            for name, view in scene.pictures().items():
+                small = Image.fromarray(view).resize([config.image_size] * 2, Image.BOX)
+                obs[f"{name}_image"] = np.array(small) * (args.control != "blind")
+        if args.gif:
+            film.append(Image.fromarray(scene.picture(scene.above)))
         done, info = scene.step(targets(units, policy.predict(obs, sentence), joints))
         grasped |= info["is_grasped"] > 0.5
         if done:
             break
-    near = info["obj_to_target_dist"] < 0.06  # m
-    return done, grasped, near, film if args.gif else []
+    return done, grasped, info["obj_to_target_dist"] < 0.06, film
 
 
 def evaluate(args):
