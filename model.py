@@ -204,10 +204,15 @@ class Policy(nn.Module):
         return 1 - heard["intent"].softmax(1)[0, -1].item()  # the last is "none"
 
     def save(self, path, **extra):
-        """Writes config, weights and `extra` (plain values) to one file that load() opens."""
-        save_file(
-            path, dict(config=asdict(self.config), weights=self.state_dict(), **extra)
-        )
+        """Writes config, weights and `extra` for load(). What was there stays until it is whole."""
+        content = dict(config=asdict(self.config), weights=self.state_dict(), **extra)
+        part = Path(f"{path}.part")
+        try:
+            torch.save(content, part)
+        except RuntimeError:
+            part.unlink()
+            raise OSError(f"{path} cannot be written; is the disk full?") from None
+        part.replace(path)
 
     @staticmethod
     def load(path=None):
@@ -749,15 +754,8 @@ def mlp(*sizes, layer=nn.Linear):
 
 
 # ------------------------------------------------------------------------------------- files
-def save_file(path, content):
-    """torch.save that never leaves half a file, and what was there until the new one is whole."""
-    part = Path(f"{path}.part")
-    torch.save(content, part)
-    part.replace(path)
-
-
 def load_file(path):
-    """The dict that save_file wrote. Untrusted files are never executed."""
+    """The dict that save() wrote. Untrusted files are never executed."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, pickle.UnpicklingError):

@@ -579,7 +579,11 @@ def test_one_batch_overfits_by_looking_and_listening(moments):
     acted = [
         model.look([obs], text)["actions"] for text in SENTENCES for obs in observations
     ]
-    assert torch.allclose(torch.cat(acted), model(batch)["actions"], atol=1e-4)
+    answer = model(batch)
+    assert torch.allclose(torch.cat(acted), answer["actions"], atol=1e-4)
+    thing = answer["goal"][:, :3].sum()  # from which its own pointer alone learns
+    (moves,) = torch.autograd.grad(thing, answer["attention"])
+    assert moves[:, 0].any() and not moves[:, 1].any()
 
 
 def test_text():
@@ -919,6 +923,7 @@ train.py --data text => text
 train.py --data nan.h5 => demo_3/actions
 train.py --data demos --cameras front,top => top
 train.py --data demos --out_dir toy => --overwrite
+train.py --data demos --steps 1 --out_dir . => disk
 train.py --data demos --width 100 --heads 3 => width 100
 train.py --data demos --patch 7 => patch 7
 train.py --data demos --execute 9 => execute 9
@@ -958,6 +963,7 @@ def broken(here):
     with h5py.File("nan.h5", "a") as file:
         file["episode_3/actions"][0] = np.nan
     torch.save(dict(config=here), "pickle.pt")
+    Path("ckpt.pt.part").symlink_to("/dev/full")
     Path("text").write_text("neither a checkpoint nor data")
     Path("long.tsv").write_text("none\t" + "now " * 50)
     return here
