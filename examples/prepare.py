@@ -43,6 +43,7 @@ NOISE = 3.0  # of a cell's colour, of 255
 RIDGE = 300.0  # penalty of the regression from pictures to words
 AROUND = 3  # words on each side of a name
 FORM = 0.3  # inverse of the penalty of the regression on them
+ROUNDS = 3  # of that, each with the orders of the one before
 FOLDS = KFold(5, shuffle=True, random_state=0)  # each fifth is predicted from the others
 FEWEST = 20  # episodes in which names are looked for
 STILL = 0.01  # of a number's range in the episode: less is no move
@@ -175,16 +176,18 @@ def find_names(sentences, looks):
         closes, opens = scores[:, i]
         by_pictures[k] = closes[first] + opens[second] - closes[second] - opens[first]
     order = by_pictures
-    # The words around names tell more, if there are both orders to learn from.
-    if FOLDS.n_splits <= (order > 0).sum() <= len(order) - FOLDS.n_splits:
-        around = [words_around(heard[i], found[i]) for i in two]
-        order = by_pictures + cross_val_predict(
-            LogisticRegression(C=FORM),
-            DictVectorizer().fit_transform(around),
-            by_pictures > 0,
-            cv=FOLDS,
-            method="decision_function",
-        )
+    around = [words_around(heard[i], found[i]) for i in two]
+    for _ in range(ROUNDS):
+        # The words around names tell more, if there are both orders to learn from, and the better
+        # these are known the more they tell (self-training, Yarowsky, 1995).
+        if FOLDS.n_splits <= (order > 0).sum() <= len(order) - FOLDS.n_splits:
+            order = by_pictures + cross_val_predict(
+                LogisticRegression(C=FORM),
+                DictVectorizer().fit_transform(around),
+                order > 0,
+                cv=FOLDS,
+                method="decision_function",
+            )
     for k, i in enumerate(two):
         if order[k] < 0:
             found[i].reverse()
