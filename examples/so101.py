@@ -271,7 +271,7 @@ def record(args):
         made = filter(None, workers.imap(demonstrate, jobs))
         for sentence, frames in tqdm(itertools.islice(made, args.episodes)):
             for frame in frames:
-                dataset.add_frame(frame | dict(task=sentence))
+                dataset.add_frame(frame | {"task": sentence})
             dataset.save_episode()
     dataset.finalize()
 
@@ -283,7 +283,7 @@ def play(job):
     torch.set_num_threads(1)
     policy, units = load(args.ckpt)
     scene = make_scene(args.colors)
-    sentence = scene.reset(seed, named=args.control == "swap")
+    sentence = scene.reset(seed, named=int(args.control == "swap"))
     if args.control == "deaf":
         sentence = ""
     config = policy.config
