@@ -291,7 +291,7 @@ def play(job):
     grasped, film = False, []
     for _ in range(STEPS):
         joints = scene.joints()
-        if not policy.plans or config.frames > 1 or config.ensemble:  # it looks
+        if not policy.plans or config.frames > 1 or config.ensemble:  # when it looks
             obs = dict(ee_pos=joints[:5], gripper=joints[5:])
             for name, view in scene.pictures().items():
                 small = Image.fromarray(view).resize([config.image_size] * 2, Image.BOX)
