@@ -210,7 +210,7 @@ class Policy(nn.Module):
         try:
             torch.save(content, part)
         except RuntimeError:
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise OSError(f"{path} cannot be written; is the disk full?") from None
         part.replace(path)
 
@@ -300,10 +300,10 @@ class VLA(Policy):
             log_all = dropped.scatter(2, kept[:, None].expand_as(log_kept), log_kept)
             thing, place = mean_places(log_all, self.vision.side, shift)
             # Each pointer learns from its own goal. Else both look at what is easier to find.
-            there = self.goal(torch.cat([thing, place.detach(), state], 1))
-            then = self.goal(torch.cat([thing.detach(), place, state], 1))
+            of_thing = self.goal(torch.cat([thing, place.detach(), state], 1))
+            of_place = self.goal(torch.cat([thing.detach(), place, state], 1))
             half = self.config.goal_size // 2
-            goal = torch.cat([there[:, :half], then[:, half:]], 1)
+            goal = torch.hstack([of_thing[:, :half], of_place[:, half:]])
             answer |= dict(goal=goal, attention=log_all)
 
         # What is done: finish() calls the head.
