@@ -3,7 +3,7 @@
     python examples/so101.py record data/so101
     python examples/lerobot.py data/so101 data/so101.h5
     python examples/prepare.py data/so101.h5 data/ready.h5
-    python train.py --data data/ready.h5 --steps 4000 --shift 4 --out_dir out_so101
+    python train.py --data data/ready.h5 --steps 4000 --shift 4 --execute 1 --out_dir out_so101
     python examples/so101.py eval out_so101/ckpt.pt
 
 The simulator is so101-nexus, its task MuJoCoPickAndPlace-v1, of which there are published results:
