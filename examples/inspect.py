@@ -127,7 +127,7 @@ def show_demonstration(args):
             episode = file[f"data/demo_{args.episode}"]
             arrays = episode["observations"].items()
             pictures = [array[:] for key, array in arrays if key.endswith("_image")]
-            text = episode.attrs["instruction"]
+            text = episode.attrs.get("sentence", episode.attrs["instruction"])
             if episode.attrs.get("interrupted"):
                 text += " (interrupted)"
     except (

@@ -88,7 +88,7 @@ class Dataset:
                     if middle > start:
                         yield frame.to_image()
         except av.FFmpegError as error:
-            raise ValueError(error) from None
+            raise ValueError(f"{path}: {error}")
 
     def episodes(self, size):
         """Of each episode its rows, a slice; its sentence; and of each camera the middle squares of
@@ -116,8 +116,8 @@ class Dataset:
 
 
 def targets(units, action, state):
-    """A policy's action (A,) in the robot's own units. units: dict(low, high, relative), as JSON in
-    the data file: file["data"].attrs["units"]; state: the joints and the gripper."""
+    """A policy's action (A,) in the robot's own units. units: dict(low, high, relative, fps), as
+    JSON in the data file, file["data"].attrs["units"], and in a checkpoint; state: the joints and the gripper."""
     low, high = np.array(units["low"]), np.array(units["high"])
     action = low + (high - low) * (action + 1) / 2
     if units["relative"]:
@@ -137,7 +137,9 @@ def convert(sets, file, size):
         action[:, :-1] -= state[:, :-1]
     low, high = np.percentile(action, RANGE, 0)
     action = (2 * (action - low) / np.maximum(high - low, 1e-6) - 1).clip(-1, 1)
-    units = dict(low=low.tolist(), high=high.tolist(), relative=relative)
+    units = dict(
+        low=low.tolist(), high=high.tolist(), relative=relative, fps=sets[0].info["fps"]
+    )
 
     number = offset = 0  # of the episode, and of the dataset's rows among all
     for dataset in sets:
@@ -150,7 +152,8 @@ def convert(sets, file, size):
             write_episode(file, number, dict(instruction=sentence), frames)
             number += 1
         offset += len(dataset.state)
-    file["data"].attrs.update(units=json.dumps(units), fps=sets[0].info["fps"])
+    file["data"].attrs["units"] = json.dumps(units)
+    print(units)
 
 
 if __name__ == "__main__":

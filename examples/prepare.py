@@ -25,7 +25,7 @@ import argparse
 import itertools
 import json
 import re
-from collections import Counter
+from collections import defaultdict
 
 import h5py
 import numpy as np
@@ -46,7 +46,9 @@ FORM = 0.3  # inverse of the penalty of the regression on them
 ROUNDS = 3  # of that, each with the orders of the one before
 FOLDS = KFold(5, shuffle=True, random_state=0)  # each fifth is predicted from the others
 FEWEST = 20  # episodes in which names are looked for
+MOST = 10  # numbers of episodes to print
 STILL = 0.01  # of a number's range in the episode: less is no move
+EMPTY = 0.1  # of the gripper's way from shut to open: less is nothing in it
 
 
 # ------------------------------------------------------------------------------------- the data
@@ -57,7 +59,9 @@ def copy(paths, file):
     for path in paths:
         try:
             with h5py.File(path) as source:
-                for episode in source["data"].values():
+                # demo_2 before demo_10
+                for _, name in sorted((len(name), name) for name in source["data"]):
+                    episode = source["data"][name]
                     if episode.attrs.get("interrupted"):
                         continue
                     group = file.create_group(f"data/demo_{len(groups)}")
@@ -111,6 +115,7 @@ def oddities(group, fps):
         "begin with a second without a move": (first <= STILL * np.ptp(state, 0)).all(),
         "never move the gripper": np.ptp(told) < STILL,
         "never tell the gripper to shut, by a last action below 0": told.min() >= 0,
+        "never tell it to open, by one above 0": told.max() <= 0,
         "open the gripper where the last action is below 0": inverted,
         "never move anything else": np.ptp(actions[:, :-1]) < STILL,
         "have a camera that always shows the same": any(
@@ -118,6 +123,28 @@ def oddities(group, fps):
         ),
     }
     return [why for why, so in facts.items() if so]
+
+
+def cut_ways_home(groups):
+    """Cuts episodes of which the gripper shuts again, on nothing, after it has put something down:
+    what follows is the way home. In training's eyes the place would be there. Returns how many."""
+    gripper = np.concatenate([group["observations/gripper"][:, -1] for group in groups])
+    empty = gripper.min() + EMPTY * np.ptp(gripper)
+    count = 0
+    for group in groups:
+        close = group["actions"][:, -1] < 0
+        closes = 1 + np.flatnonzero(close[1:] & ~close[:-1])
+        if len(closes) < 2 or not close[-1] or group["observations/gripper"][-1] > empty:
+            continue
+        for parent in (group, group["observations"]):
+            for key, data in list(parent.items()):
+                if isinstance(data, h5py.Dataset):
+                    about = dict(chunks=data.chunks, compression=data.compression)
+                    kept = data[: closes[-1]]
+                    del parent[key]
+                    parent.create_dataset(key, data=kept, **about)
+        count += 1
+    return count
 
 
 # ------------------------------------------------------------------------------------- the names
@@ -165,7 +192,10 @@ def find_names(sentences, looks):
     correlation = (scores * said).mean(1).max(0)  # (W,)
     by_chance = 2 / len(said) ** 0.5
     names = [words[w] for w in np.flatnonzero(correlation > 0.3 + by_chance)]
-    print("words that name things:", ", ".join(names) or "none found")
+    print(
+        "words that name things:",
+        ", ".join(names) or "none found, as if all sentences said the same",
+    )
 
     # In the order in which a sentence says them. Where there are two, that may be the wrong order.
     found = [sorted({*names} & {*sentence}, key=sentence.index)[:2] for sentence in heard]
@@ -212,10 +242,18 @@ if __name__ == "__main__":
     try:
         with h5py.File(part, "w") as file:
             groups, sentences = copy(sorted(args.data.glob("*.h5")) or [args.data], file)
-            fps = int(file["data"].attrs.get("fps", CONTROL_HZ))
-            odd = Counter(why for group in groups for why in oddities(group, fps))
-            for why, count in odd.items():
-                print(f"{count} of {len(groups)} episodes {why}")
+            units = json.loads(file["data"].attrs.get("units", "{}"))
+            odd = defaultdict(list)
+            for number, group in enumerate(groups):
+                for why in oddities(group, int(units.get("fps", CONTROL_HZ))):
+                    odd[why].append(number)
+            for why, numbers in odd.items():
+                some = ", ".join(map(str, numbers[:MOST])) + ", .." * (
+                    len(numbers) > MOST
+                )
+                print(f"{len(numbers)} of {len(groups)} episodes {why}: {some}")
+            if units and (count := cut_ways_home(groups)):
+                print(f"{count} of {len(groups)} episodes end with a way home, cut off")
             found = [{}] * len(groups)
             if not args.plain:
                 if len(groups) < FEWEST:

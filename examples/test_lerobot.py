@@ -232,6 +232,13 @@ def test_a_picture_dropped_inside_a_film_is_noticed(dataset):
     assert f"episode 2 has {STEPS} rows and {STEPS - 1} pictures" in refuse()
 
 
+def min_max(file):
+    """The range of the gripper in all episodes."""
+    episodes = file["data"].values()
+    gripper = np.concatenate([episode["observations/gripper"] for episode in episodes])
+    return gripper.min(), gripper.max()
+
+
 @pytest.mark.parametrize("dataset", ["v3.0"], indirect=True)
 def test_what_looks_odd_is_said_and_what_is_wrong_refused(dataset):
     run(f"{ROOT}/examples/lerobot.py set robot.h5 --size 48")
@@ -239,15 +246,25 @@ def test_what_looks_odd_is_said_and_what_is_wrong_refused(dataset):
     with h5py.File("robot.h5", "a") as file:
         file["episode_3/actions"][:, -1] *= -1
         file["episode_4/actions"][:, -1] = 0, 1, 0, 1, 0, 1
+        lowest, highest = min_max(file)
+        middle = (lowest + highest) / 2
+        for episode in (5, 15):  # grasps, lets go, and shuts: on nothing in episode 5
+            file[f"episode_{episode}/actions"][:, -1] = 1, -1, -1, 1, -1, -1
+            file[f"episode_{episode}/observations/gripper"][:, 0] = (
+                *(highest, middle, middle, highest, middle),
+                lowest if episode == 5 else middle,
+            )
     said = run(prepare)
-    assert (
-        f"1 of {EPISODES} episodes open the gripper where the last action is below 0"
-        in said
-    )
-    assert (
-        f"1 of {EPISODES} episodes never tell the gripper to shut, by a last action below 0"
-        in said
-    )
+    for about in (
+        "open the gripper where the last action is below 0: 3",
+        "never tell the gripper to shut, by a last action below 0: 4",
+        "end with a way home, cut off",
+    ):
+        assert f"1 of {EPISODES} episodes {about}" in said
+    with h5py.File("ready.h5") as file:
+        lengths = {name: len(file[f"data/demo_{name}/actions"]) for name in (4, 5, 15)}
+        assert lengths == {4: STEPS, 5: STEPS - 2, 15: STEPS}
+        assert {len(array) for array in file["data/demo_5/observations"].values()} == {4}
     Path("ready.h5").unlink()
     with h5py.File("robot.h5", "a") as file:
         file["episode_7"].attrs["instruction"] = "very " * 45
