@@ -117,7 +117,8 @@ class Dataset:
 
 def targets(units, action, state):
     """A policy's action (A,) in the robot's own units. units: dict(low, high, relative, fps), as
-    JSON in the data file, file["data"].attrs["units"], and in a checkpoint; state: the joints and the gripper."""
+    JSON in the data file, file["data"].attrs["units"], and in a checkpoint; state: the joints and
+    the gripper."""
     low, high = np.array(units["low"]), np.array(units["high"])
     action = low + (high - low) * (action + 1) / 2
     if units["relative"]:

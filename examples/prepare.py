@@ -115,7 +115,7 @@ def oddities(group, fps):
         "begin with a second without a move": (first <= STILL * np.ptp(state, 0)).all(),
         "never move the gripper": np.ptp(told) < STILL,
         "never tell the gripper to shut, by a last action below 0": told.min() >= 0,
-        "never tell it to open, by one above 0": told.max() <= 0,
+        "never tell the gripper to open, by a last action above 0": told.max() <= 0,
         "open the gripper where the last action is below 0": inverted,
         "never move anything else": np.ptp(actions[:, :-1]) < STILL,
         "have a camera that always shows the same": any(
@@ -126,8 +126,8 @@ def oddities(group, fps):
 
 
 def cut_ways_home(groups):
-    """Cuts episodes of which the gripper shuts again, on nothing, after it has put something down:
-    what follows is the way home. In training's eyes the place would be there. Returns how many."""
+    """Cuts episodes where the gripper shuts again, on nothing, after it has put something down. The
+    rest is the way home, of which training would take the end for the place. Returns how many."""
     gripper = np.concatenate([group["observations/gripper"][:, -1] for group in groups])
     empty = gripper.min() + EMPTY * np.ptp(gripper)
     count = 0
@@ -248,12 +248,13 @@ if __name__ == "__main__":
                 for why in oddities(group, int(units.get("fps", CONTROL_HZ))):
                     odd[why].append(number)
             for why, numbers in odd.items():
-                some = ", ".join(map(str, numbers[:MOST])) + ", .." * (
-                    len(numbers) > MOST
-                )
-                print(f"{len(numbers)} of {len(groups)} episodes {why}: {some}")
+                some = ", ".join(map(str, numbers[:MOST]))
+                print(f"{len(numbers)} of {len(groups)} episodes {why}, such as {some}")
             if units and (count := cut_ways_home(groups)):
-                print(f"{count} of {len(groups)} episodes end with a way home, cut off")
+                print(
+                    f"{count} of {len(groups)} episodes shut the gripper again, on nothing, after "
+                    "they put something down; they are cut there"
+                )
             found = [{}] * len(groups)
             if not args.plain:
                 if len(groups) < FEWEST:

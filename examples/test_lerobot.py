@@ -232,8 +232,8 @@ def test_a_picture_dropped_inside_a_film_is_noticed(dataset):
     assert f"episode 2 has {STEPS} rows and {STEPS - 1} pictures" in refuse()
 
 
-def min_max(file):
-    """The range of the gripper in all episodes."""
+def gripper_range(file):
+    """The lowest and the highest opening of the gripper in all episodes."""
     episodes = file["data"].values()
     gripper = np.concatenate([episode["observations/gripper"] for episode in episodes])
     return gripper.min(), gripper.max()
@@ -246,7 +246,7 @@ def test_what_looks_odd_is_said_and_what_is_wrong_refused(dataset):
     with h5py.File("robot.h5", "a") as file:
         file["episode_3/actions"][:, -1] *= -1
         file["episode_4/actions"][:, -1] = 0, 1, 0, 1, 0, 1
-        lowest, highest = min_max(file)
+        lowest, highest = gripper_range(file)
         middle = (lowest + highest) / 2
         for episode in (5, 15):  # grasps, lets go, and shuts: on nothing in episode 5
             file[f"episode_{episode}/actions"][:, -1] = 1, -1, -1, 1, -1, -1
@@ -256,9 +256,9 @@ def test_what_looks_odd_is_said_and_what_is_wrong_refused(dataset):
             )
     said = run(prepare)
     for about in (
-        "open the gripper where the last action is below 0: 3",
-        "never tell the gripper to shut, by a last action below 0: 4",
-        "end with a way home, cut off",
+        "open the gripper where the last action is below 0, such as 3",
+        "never tell the gripper to shut, by a last action below 0, such as 4",
+        "shut the gripper again, on nothing",
     ):
         assert f"1 of {EPISODES} episodes {about}" in said
     with h5py.File("ready.h5") as file:
