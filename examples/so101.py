@@ -70,6 +70,7 @@ OPEN, SHUT = 0.8, -0.1  # rad, the gripper's two targets
 TURN = 0.2  # rad that a joint may turn in a step
 ABOVE = 0.07  # m above the table that things are carried at
 NEAR = 0.012  # m, close enough to grasp or to let go
+FUNNEL = 4  # m up for each m to the side beyond NEAR
 HELD = 0.3  # rad that the gripper is open with a cube in it, at most
 SHOULDER = 0.039  # m, where the arm turns, on the axis x
 # rad: the hand low before the arm, pointing down, a jaw on each side.
@@ -98,6 +99,12 @@ def simplify(model):
         n = model.mesh_facenum[mesh] = wide.sum()
         faces[:n] = moved[wide]
         normals[:n] = normals[wide]
+
+
+def funnel(across):
+    """How high above its goal a hand should be, m, that is so far to the side of it, m. Had it to be
+    above first and then go down, a policy that is not exact would hover between the two."""
+    return np.clip(FUNNEL * (across - NEAR), 0, ABOVE)
 
 
 class Scene:
@@ -195,17 +202,14 @@ class Scene:
         shut = held
         if left < NEAR and cube[2] < 2 * NEAR:  # there: let go, and up
             shut, place = False, tip + [0, 0, 0.05 * (joints[5] > HELD)]
-        elif held and left < NEAR:
-            place = tip + way
-        elif held and cube[2] < ABOVE / 2:
-            place = np.array([*tip[:2], 1.5 * ABOVE])
         elif held:
-            place = np.array([*(tip + way)[:2], ABOVE])
-        elif across < NEAR:
-            place = cube
-            shut = up < NEAR
+            height = funnel(left)
+            place = tip + way + [0, 0, height]
+            if cube[2] < height / 2:  # first up
+                place[:2] = tip[:2]
         else:
-            place = np.array([*cube[:2], ABOVE])
+            place = cube + [0, 0, funnel(across)]
+            shut = across < NEAR and up < NEAR
         turn = self.solve_ik(place, edges) - joints[:5]
         turn *= min(1, TURN / np.abs(turn).max())
         return np.append(joints[:5] + turn, SHUT if shut else OPEN).astype(np.float32)
