@@ -68,7 +68,7 @@ STEPS = 100  # control steps, at most
 
 OPEN, SHUT = 0.8, -0.1  # rad, the gripper's two targets
 TURN = 0.2  # rad that a joint may turn in a step
-ABOVE = 0.07  # m above the table that things are carried at
+ABOVE = 0.07  # m above its goal, the hand's height until it is in the funnel
 NEAR = 0.012  # m, close enough to grasp or to let go
 FUNNEL = 4  # m up for each m to the side beyond NEAR
 HELD = 0.3  # rad that the gripper is open with a cube in it, at most
@@ -102,8 +102,8 @@ def simplify(model):
 
 
 def funnel(across):
-    """How high above its goal a hand should be, m, that is so far to the side of it, m. Had it to be
-    above first and then go down, a policy that is not exact would hover between the two."""
+    """How high above its goal a hand should be, m, when it is so far to the side of that, m. If it
+    came down only when right above, a policy that is not exact would hover between the two."""
     return np.clip(FUNNEL * (across - NEAR), 0, ABOVE)
 
 
