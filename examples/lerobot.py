@@ -7,7 +7,8 @@
 
 The robot's joints take the place of the hand. The last action is the gripper's, low is shut. If the
 others are targets of the joints in the state, they become differences from these joints. All are
-scaled to -1..1; targets() undoes that. Run this script from the project's root.
+scaled to -1..1; targets() undoes that. export.py goes the other way, with our own demonstrations.
+Run this script from the project's root.
 """
 
 import sys

@@ -277,3 +277,21 @@ def test_what_looks_odd_is_said_and_what_is_wrong_refused(dataset):
         in said
     )
     assert not Path("ready.h5").exists()
+
+
+def test_what_export_writes_comes_back(tmp_path):
+    pytest.importorskip("lerobot")
+    ours, theirs, back = (tmp_path / name for name in ("a.h5", "set", "b.h5"))
+    run(f"gen_data.py --episodes 3 --out {tmp_path / 'ours'}")
+    (tmp_path / "ours/0000.h5").rename(ours)
+    run(f"examples/export.py {ours} {theirs}")
+    assert "exists" in run(f"examples/export.py {ours} {theirs}", status=2)
+    run(f"examples/lerobot.py {theirs} {back}")
+    with h5py.File(ours) as a, h5py.File(back) as b:
+        whole = [x for x in a["data"].values() if not x.attrs["interrupted"]]
+        assert len(whole) == len(b["data"])
+        for one, other in zip(whole, b["data"].values()):
+            assert one.attrs["instruction"] == other.attrs["instruction"]
+            view = "observations/wrist_image"
+            assert (one[view][:] == other[view][:]).all()
+            assert len(one["actions"]) == len(other["actions"])
