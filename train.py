@@ -474,6 +474,9 @@ class Demonstrations:
 
 
 # ------------------------------------------------------------------------------------ losses
+EVEN = 1e-3  # attention wanted at every patch, lest a pointer settles on what tells nothing
+
+
 def compute_losses(net, batch):
     """The terms of the loss on a batch, by name: the error of the head, of the read-out of thing
     and place (smooth L1, normalised), the attention on their patches, and what a sentence asks for
@@ -492,9 +495,9 @@ def compute_losses(net, batch):
     if "attention" in found and config.vision != "cnn":
         spot = batch["spot"]
         attention = found["attention"].float()[..., : spot.shape[2]]  # logarithms
-        spot = spot * (attention > DROPPED / 2)  # at kept patches
+        spot = (spot + EVEN) * (attention > DROPPED / 2)  # at kept patches
         terms["attention"] = -(
-            (attention * spot).sum(2) / spot.sum(2).clamp_min(1e-6)
+            (attention * spot).sum(2) / spot.sum(2).clamp_min(1)
         ).mean()
     if "intent" in found:
         terms["intent"] = F.cross_entropy(found["intent"].float(), batch["intent"])
