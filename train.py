@@ -474,7 +474,9 @@ class Demonstrations:
 
 
 # ------------------------------------------------------------------------------------ losses
-EVEN = 1e-3  # attention wanted at every patch, lest a pointer settles on what tells nothing
+EVEN = (
+    1e-3  # attention wanted at every patch, lest a pointer settles on what tells nothing
+)
 
 
 def compute_losses(net, batch):
