@@ -474,9 +474,7 @@ class Demonstrations:
 
 
 # ------------------------------------------------------------------------------------ losses
-EVEN = (
-    1e-3  # attention wanted at every patch, lest a pointer settles on what tells nothing
-)
+EVEN = 1e-3  # attention wanted at every patch, or a pointer may settle on a useless one
 
 
 def compute_losses(net, batch):
