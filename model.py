@@ -197,7 +197,7 @@ class Policy(nn.Module):
         return dict(actions=self.head(features))
 
     def understands(self, sentence):
-        """The probability that a sentence asks for what was taught; 1 if all did in training."""
+        """The probability that a sentence asks for what was taught; 1 if training heard no others."""
         heard = self.hear(sentence)
         if "intent" not in heard:
             return 1.0

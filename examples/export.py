@@ -2,7 +2,8 @@
 
     python examples/export.py data/pick_place data/lerobot
     lerobot-train --dataset.repo_id=local/picovla --dataset.root=data/lerobot --policy.type=act \\
-        --policy.push_to_hub=false --output_dir=out_act
+        --policy.device=cpu --policy.pretrained_backbone_weights=null --policy.push_to_hub=false \\
+        --output_dir=out_act
 
 Without the interrupted episodes. lerobot itself writes it, so this needs what is in
 examples/requirements-so101.txt, in a virtual environment of its own with Python 3.12; its training
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import shutil
+import tempfile
 
 import h5py
 import numpy as np
@@ -28,20 +29,23 @@ from gen_data import CONTROL_HZ, PRIVILEGED, explain_errors
 
 def read(path):
     """Of each episode in a file its sentence and its columns, {LeRobot's name: (T, ..)}."""
-    with h5py.File(path) as file:
-        for episode in file["data"].values():
-            if episode.attrs.get("interrupted"):
-                continue
-            columns, numbers = {}, []
-            for key, data in episode["observations"].items():
-                if key.endswith("_image"):
-                    name = key.removesuffix("_image")
-                    columns[f"observation.images.{name}"] = data[:]
-                elif key not in PRIVILEGED:
-                    numbers.append(data[:])
-            columns["observation.state"] = np.hstack(numbers).astype(np.float32)
-            columns["action"] = episode["actions"][:].astype(np.float32)
-            yield episode.attrs["instruction"], columns
+    try:
+        with h5py.File(path) as file:
+            for episode in file["data"].values():
+                if episode.attrs.get("interrupted"):
+                    continue
+                columns, numbers = {}, []
+                for key, data in episode["observations"].items():
+                    if key.endswith("_image"):
+                        name = key.removesuffix("_image")
+                        columns[f"observation.images.{name}"] = data[:]
+                    elif key not in PRIVILEGED:
+                        numbers.append(data[:])
+                columns["observation.state"] = np.hstack(numbers).astype(np.float32)
+                columns["action"] = episode["actions"][:].astype(np.float32)
+                yield episode.attrs["instruction"], columns
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def make(out, columns):
@@ -66,9 +70,10 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.out.exists():
         raise ValueError(f"{args.out} exists; give another name")
-    part = args.out.with_suffix(".part")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     dataset = None
-    try:
+    with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
+        part = Path(folder, "dataset")
         for path in tqdm(sorted(args.data.glob("*.h5")) or [args.data]):
             for sentence, columns in read(path):
                 dataset = dataset or make(part, columns)
@@ -79,5 +84,3 @@ if __name__ == "__main__":
             raise ValueError(f"{args.data} has no whole episode")
         dataset.finalize()
         part.rename(args.out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
